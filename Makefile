@@ -1,0 +1,45 @@
+# Each target sets itself up in .venv. To use a Python that already has torch as it is:
+#     make test-gpu PYTHON=python3 VENV=
+PYTHON ?= python3
+VENV ?= .venv
+N ?= 4
+ARGS ?=
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: help run test test-gpu lint diff plots
+
+help:            ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --progress-bar off -r requirements-dev.txt
+	touch $@
+
+run: $(READY)    ## the main job: run, gate, time and chart every level (ARGS="--tokens 64" ...)
+	$(PY) level_runner.py --all $(ARGS)
+
+test: $(READY)   ## every test that this machine can run
+	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)
+
+test-gpu: $(READY)  ## every test, on a machine with a GPU
+	$(PY) -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "needs a CUDA GPU")'
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)   ## style and errors that need no run
+	$(PY) -m ruff check .
+
+diff:            ## what level N adds to the level below: make diff N=4
+	@git --no-pager diff --no-index --stat --patch labs/level$$(($(N) - 1))_*.py labs/level$(N)_*.py || true
+
+plots: $(READY)  ## draw all charts and README tables again from plots/*.json
+	$(PY) level_runner.py --plot plots/*.json
+	$(PY) level_runner.py --readme

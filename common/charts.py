@@ -1,0 +1,207 @@
+"""Every picture, drawn from results files and nothing else.
+
+A chart is a function from runs to a matplotlib Figure; `draw_all` writes each as PNG and SVG. They are
+made to be read from the back of a room: 16:9, few words, large type, a caption that says what was
+measured on which GPU at which commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from common.config import DEFAULT_TOKENS
+from common.references import BOUND
+from common.results import Row, Run, speedups
+from common.show import number
+
+GAIN, LOSS, FIRST, ABSENT, BOUND_COLOR = "#2a6fbb", "#d1495b", "#7a7f87", "#e3e5e8", "#2e933c"
+STYLE = {
+    "figure.figsize": (16, 9), "figure.dpi": 100, "font.size": 16, "axes.titlesize": 20,
+    "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "charts", "svg.fonttype": "path",
+}
+MOST_PANELS = 3
+
+
+def caption(runs: Sequence[Run]) -> str:
+    """What was measured, on what, when: one line a chart stands on."""
+    run = runs[0]
+    env, shape = run.environment, run.shape
+    commits = sorted({str(one.environment["commit"]) for one in runs})
+    dates = sorted({str(one.environment["date"]) for one in runs})
+    return (f"{run.preset}: D={shape['D']} F={shape['F']} E={shape['E']} K={shape['K']}, {run.dtype}, {run.routing} "
+            f"routing  |  {env['gpu']}, torch {env['torch']}, Triton {env['triton']}  |  commit {', '.join(commits)}, "
+            f"{', '.join(dates)}")
+
+
+def panels(runs: Sequence[Run]) -> list[Run]:
+    """The runs that get a panel each: those of the preset's default token counts, else the first few."""
+    wanted = DEFAULT_TOKENS.get(runs[0].preset, ())
+    return [run for run in runs if run.shape["T"] in wanted][:MOST_PANELS] or list(runs)[:MOST_PANELS]
+
+
+def absence(row: Row) -> str:
+    """The word that stands in place of a missing bar."""
+    return {"oom": "out of memory", "failed": "FAILED"}.get(row.status, "n/a")
+
+
+def level_bars(ax: Axes, run: Run, value: Callable[[Row], float | None], label: Callable[[Row], str],
+               color: Callable[[Row], str], log: bool = True) -> None:
+    """One bar a level of `run`, level 0 on top; a level without a value says why where its bar would be."""
+    ax.set_yticks(range(len(run.levels)), [f"{row.number} {row.name}" for row in run.levels])
+    ax.set_ylim(len(run.levels) - 0.4, -0.6)
+    known = [value(row) for row in run.levels if value(row) is not None]
+    least, most = (min(known), max(known)) if known else (1.0, 1.0)
+    if log:
+        ax.set_xscale("log")
+        left = min(1.0, least) * 0.7 if least > 0.01 else least * 0.7
+        ax.set_xlim(left, most * (most / left) ** 0.75)  # room for the label of the longest bar
+    else:
+        ax.set_xlim(0, most * 1.25)
+    for position, row in enumerate(run.levels):
+        length = value(row)
+        if length is None:
+            ax.axhspan(position - 0.4, position + 0.4, color=ABSENT, zorder=0)
+            ax.text(0.03, position, absence(row), va="center", color="#555", transform=ax.get_yaxis_transform())
+        else:
+            ax.barh(position, length, 0.8, color=color(row), gid=f"level{row.number}")
+            ax.text(length, position, f" {label(row)}", va="center", fontsize=15)
+    ax.grid(axis="x", alpha=0.3)
+
+
+def figure(runs: Sequence[Run], title: str, columns: int) -> tuple[Figure, list[Axes]]:
+    """A captioned 16:9 figure with `columns` axes side by side."""
+    fig, axes = plt.subplots(1, columns, squeeze=False, sharey=True, layout="constrained")
+    fig.suptitle(title, fontsize=26, fontweight="bold")
+    fig.supxlabel(caption(runs), fontsize=12, color="#555")
+    return fig, list(axes[0])
+
+
+def ladder(runs: Sequence[Run]) -> Figure:
+    """Cumulative speedup a level: bar length is the total; the text also gives the step."""
+    chosen = panels(runs)
+    fig, axes = figure(chosen, "From Python loops to the GPU's limit: cumulative speedup", len(chosen))
+    for ax, run in zip(axes, chosen, strict=True):
+        gains = speedups(run)
+
+        def total(row: Row, gains=gains) -> float | None:
+            return gains[row.number].total if row.number in gains else None
+
+        def text(row: Row, gains=gains) -> str:
+            gain = gains[row.number]
+            words = f"{number(gain.total, 2 if gain.total < 10 else 3)}x"
+            return words if gain.step is None else f"{words}  (step {number(gain.step, 2)}x)"
+
+        def hue(row: Row, gains=gains) -> str:
+            step = gains[row.number].step
+            return FIRST if step is None else GAIN if step >= 1 else LOSS
+
+        level_bars(ax, run, total, text, hue)
+        first = next((row for row in run.levels if row.timed), None)
+        under = f"level {first.number} takes {number(first.wall_ms.p50)} ms" if first else "nothing timed"
+        ax.set_title(f"{run.shape['T']:,} tokens\n{under}")
+        ax.set_xlabel("times faster than level 0 (log)" if not first or first.number == 0
+                      else f"times faster than level {first.number} (log)")
+    axes[-1].legend(handles=[Patch(color=GAIN, label="faster than the level before"),
+                             Patch(color=LOSS, label="slower than the level before")], fontsize=13, loc="upper right")
+    return fig
+
+
+def scale(runs: Sequence[Run]) -> Figure:
+    """Time against tokens, a line a level, a cross at the top where a level is out of memory."""
+    fig, (ax,) = figure(runs, "Scale decides: time against tokens", 1)
+    times = [row.wall_ms.p50 for run in runs for row in run.rows if row.timed]
+    roof = max(times) * 3
+    names = [(row.number, row.name) for row in runs[-1].levels]
+    colors = plt.get_cmap("viridis")
+    for index, (level, name) in enumerate(names):
+        color = colors(index / max(1, len(names) - 1) * 0.92)
+        points = [(run.shape["T"], row) for run in runs for row in run.levels if row.number == level]
+        timed = [(T, row.wall_ms.p50) for T, row in points if row.timed]
+        ax.plot(*zip(*timed, strict=True) if timed else ([], []), "o-", color=color, lw=3, ms=8,
+                label=f"{level} {name}", gid=f"level{level}")
+        lost = [T for T, row in points if row.status == "oom"]
+        ax.plot(lost, [roof * 1.3**-index for _ in lost], "x", color=color, ms=12, mew=3, gid=f"level{level}-oom")
+    bound = [(run.shape["T"], run.row(BOUND).wall_ms.p50) for run in runs if run.row(BOUND) and run.row(BOUND).timed]
+    if bound:
+        ax.plot(*zip(*bound, strict=True), "--", color=BOUND_COLOR, lw=3, label="two bare cuBLAS bmm", gid="bound")
+    ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds a forward (log)")
+    ax.set_xscale("log", base=2)
+    ticks = [run.shape["T"] for run in runs]
+    ax.set_xticks(ticks, [f"{T:,}" for T in ticks])
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=14, loc="center left", bbox_to_anchor=(1.0, 0.5), title="level (x: out of memory)")
+    return fig
+
+
+def memory(runs: Sequence[Run]) -> Figure:
+    """Peak memory a level, above weights, input and output."""
+    chosen = panels(runs)
+    fig, axes = figure(chosen, "Peak memory above weights, input and output", len(chosen))
+    for ax, run in zip(axes, chosen, strict=True):
+        level_bars(ax, run, lambda row: row.peak_mib if row.status == "ok" else None,
+                   lambda row: f"{number(row.peak_mib, 2)}", lambda row: GAIN)
+        ax.set_title(f"{run.shape['T']:,} tokens")
+        ax.set_xlabel("MiB (log)")
+    return fig
+
+
+def roofline(runs: Sequence[Run]) -> Figure:
+    """Share of the roofline a level reaches, and what two bare cuBLAS bmm reach."""
+    chosen = panels(runs)
+    fig, axes = figure(chosen, "Share of the roofline", len(chosen))
+    for ax, run in zip(axes, chosen, strict=True):
+        level_bars(ax, run, lambda row: 100 * row.roofline_share if row.roofline_share else None,
+                   lambda row: f"{number(100 * row.roofline_share, 2)}%", lambda row: GAIN, log=False)
+        bound = run.row(BOUND)
+        if bound and bound.roofline_share:
+            ax.axvline(100 * bound.roofline_share, color=BOUND_COLOR, ls="--", lw=3, gid="bound",
+                       label=f"two bare cuBLAS bmm: {100 * bound.roofline_share:.0f}%")
+            ax.legend(fontsize=13, loc="upper right")
+        ax.set_xlim(0, 125)
+        arithmetic = run.flops / run.ceilings["matmul_tflops"] > run.least_bytes / run.ceilings["copy_tbps"]
+        limit = "arithmetic" if arithmetic else "memory"
+        ax.set_title(f"{run.shape['T']:,} tokens\n100% is {number(run.roofline_ms)} ms ({limit})")
+        ax.set_xlabel("% of the roofline")
+    return fig
+
+
+CHARTS: dict[str, Callable[[Sequence[Run]], Figure]] = {
+    "ladder": ladder, "scale": scale, "memory": memory, "roofline": roofline,
+}
+
+
+def draw_all(runs: Sequence[Run], folder: Path, stem: str) -> list[Path]:
+    """Draw what these runs can show, one routing and dtype at a time, as `<stem>_<chart>.png` and `.svg`.
+
+    The scale chart needs two token counts, the roofline measured ceilings, all charts a timed level.
+    Returns the files written.
+    """
+    written: list[Path] = []
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if any(row.timed for row in run.levels):
+            groups.setdefault((run.routing, run.dtype), []).append(run)
+    for (routing, dtype), group in groups.items():
+        suffix = "".join(f"_{word}" for word, usual in ((routing, "natural"), (dtype, "bfloat16")) if word != usual)
+        for name, chart in CHARTS.items():
+            if name == "scale" and len(group) < 2:
+                continue
+            if name == "roofline" and not all(run.ceilings for run in group):
+                continue
+            with plt.rc_context(STYLE):
+                fig = chart(group)
+                for ending in ("png", "svg"):
+                    path = folder / f"{stem}{suffix}_{name}.{ending}"
+                    fig.savefig(path, metadata={"Date": None} if ending == "svg" else None)
+                    written.append(path)
+                plt.close(fig)
+    return written

@@ -1,0 +1,317 @@
+"""How a callable is checked, timed and weighed. No level and no reference has a ruler of its own.
+
+Order is part of the method: gate first (a wrong result gets no time), then warm, then time in
+interleaved rounds with a cold L2, so that a chip that slows as it heats slows everybody alike.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from common.config import Workload
+from common.model import Oracle, Weights
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+# A row of the output may err by more than the whole does, because rows differ in how much cancels.
+WORST_ROW_FACTOR = 8
+# Below this gap between the last chosen logit and the first not chosen, float32 may choose either.
+TIE_MARGIN = 1e-4
+# Host calls that put work on the GPU; a graph replay is one, however many kernels it holds.
+LAUNCH_CALLS = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
+
+
+# ---- correctness ---------------------------------------------------------------------------------
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """||out - ref|| / ||ref|| over all elements, in float64. 0 for two empty tensors."""
+    if ref.numel() == 0:
+        return 0.0
+    return ((out.double() - ref).norm() / ref.norm()).item()
+
+
+def error_bound(workload: Workload) -> float:
+    """Largest relative error that rounding alone may cause, for `gate`.
+
+    A level rounds to its dtype about ten times on the way (gate, up, activation, product, each
+    expert's output, the sums): independent errors of 0.2 to 0.3 eps each, together under 1 eps.
+    Twice that, plus the float32 accumulation of D + F terms, which is all there is in float32.
+    A swapped gate and up or a skipped score is an error of order 1.
+    """
+    cfg = workload.config
+    float32_eps = torch.finfo(torch.float32).eps
+    return 2 * torch.finfo(workload.dtype).eps + float32_eps * (cfg.D + cfg.F) ** 0.5
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the gate found. `reason` is empty if the result passed."""
+
+    rel_err: float
+    worst_row_err: float
+    bound: float
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+
+def gate(out_TD: torch.Tensor, expected: Oracle, workload: Workload) -> Gate:
+    """Compare a level's output (T, D) with the oracle.
+
+    Two errors must hold: the relative error of the whole against `error_bound`, and of each token's
+    row against WORST_ROW_FACTOR times that, since one lost tile among thousands hides in the whole.
+    A token whose choice of experts is a tie within float32 is left out of the second.
+    """
+    bound, nan = error_bound(workload), float("nan")
+    ref_TD = expected.out_TD
+    if out_TD.shape != ref_TD.shape:
+        return Gate(nan, nan, bound, f"output shape {tuple(out_TD.shape)} is not {tuple(ref_TD.shape)}")
+    if out_TD.dtype != workload.dtype:
+        return Gate(nan, nan, bound, f"output dtype {out_TD.dtype} is not {workload.dtype}")
+    bad = int((~out_TD.isfinite()).sum())
+    if bad:
+        return Gate(nan, nan, bound, f"{bad} of {out_TD.numel()} output values are NaN or infinite")
+    rel_err = relative_error(out_TD, ref_TD)
+    error_T = (out_TD.double() - ref_TD).norm(dim=1)
+    scale_T = ref_TD.norm(dim=1).clamp_min(ref_TD.norm().item() / max(1, ref_TD.shape[0]) ** 0.5)
+    row_error_T = torch.where(expected.margin_T > TIE_MARGIN, error_T / scale_T, 0.0)
+    worst = row_error_T.max().item()
+    if rel_err > bound:
+        return Gate(rel_err, worst, bound, f"relative error {rel_err:.2e} is over the bound {bound:.2e}")
+    if worst > WORST_ROW_FACTOR * bound:
+        token = int(row_error_T.argmax())
+        return Gate(rel_err, worst, bound, f"token {token} is off by {worst:.2e}, "
+                                           f"over the row bound {WORST_ROW_FACTOR * bound:.2e}")
+    return Gate(rel_err, worst, bound)
+
+
+def check_finite(x_TD: torch.Tensor, weights: Weights) -> None:
+    """Raise ValueError naming the first of x and the weights that holds a NaN or an infinity."""
+    tensors = {"x_TD": x_TD, "router_ED": weights.router_ED,
+               "gate_up_E2FD": weights.gate_up_E2FD, "down_EDF": weights.down_EDF}
+    for name, tensor in tensors.items():
+        parts = tensor if tensor.dim() == 3 else [tensor]
+        bad = sum(int((~part.isfinite()).sum()) for part in parts)
+        if bad:
+            raise ValueError(f"{name} holds {bad} NaN or infinite values: no level can be checked on it")
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds: 20th percentile, median, 80th percentile."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """The spread of one or more samples."""
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0])
+        quintiles = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(quintiles[0], statistics.median(samples), quintiles[3])
+
+
+class WallClock:
+    """Milliseconds of one call as its caller sees them: host work, launches, and the wait for the
+    result. On a GPU the L2 cache is cold: a buffer of twice its size is overwritten before."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(2 * l2_bytes, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        if self.on_gpu:
+            self.flush.zero_()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+
+def interleave(calls: Sequence[Callable[[], object]], rounds: int, clock: WallClock,
+               seconds_each: float) -> Iterator[list[list[float]]]:
+    """Time every call once a round, in order; after each round yield the milliseconds per call so far.
+
+    The yielded list is the same one each time, so whoever interrupts keeps what was sampled. A call
+    whose rounds would take over `seconds_each` skips rounds at an even stride, but is timed in at
+    least three (in all, if there are fewer).
+    """
+    samples: list[list[float]] = [[] for _ in calls]
+    strides = [1] * len(calls)
+    for i in range(rounds):
+        for call, taken, stride in zip(calls, samples, strides, strict=True):
+            if i % stride == 0:
+                taken.append(clock(call))
+        if i == 0:
+            affordable = [max(3, int(seconds_each * 1e3 / max(first, 1e-3))) for (first,) in samples]
+            strides = [max(1, rounds // count) for count in affordable]
+        yield samples
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one call put on the GPU: busy milliseconds (the union of its kernels' and copies' times),
+    launches (host calls, see LAUNCH_CALLS), and kernels (name -> (count, milliseconds))."""
+
+    gpu_ms: float
+    launches: int
+    kernels: dict[str, tuple[int, float]]
+
+
+def profile_call(call: Callable[[], object]) -> Profile:
+    """Run `call` once under torch.profiler. Needs CUDA."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the profiler's own, about its warm-up
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+    intervals, launches, kernels = [], 0, {}
+    for event in profiler.events():
+        start, end = event.time_range.start, event.time_range.end
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            intervals.append((start, end))
+            count, total = kernels.get(event.name, (0, 0.0))
+            kernels[event.name] = (count + 1, total + (end - start) / 1e3)
+        elif event.name.startswith(LAUNCH_CALLS):
+            launches += 1
+    busy, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return Profile(busy / 1e3, launches, kernels)
+
+
+# ---- counts --------------------------------------------------------------------------------------
+
+def count_host_syncs(call: Callable[[], object]) -> int:
+    """How often one call makes the host wait for the GPU. Needs CUDA."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+class PeakMemory:
+    """Context manager: `.bytes` is how far allocated GPU memory rose inside it above its start, less
+    what `.result` holds (a forward's output is the caller's, not the level's). None on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+        self.result: torch.Tensor | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            output = self.result.nbytes if self.result is not None else 0
+            self.bytes = max(0, torch.cuda.max_memory_allocated() - self._start - output)
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+def measure_ceilings(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """This GPU's matmul rate in TFLOP/s (8192^3, cuBLAS, random data, after half a second of load)
+    and its copy rate in TB/s (1 GiB, reads and writes counted). Empty on a CPU: no ceiling is
+    invented."""
+    if device.type != "cuda":
+        return {}
+    n = 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(n, n, dtype=dtype, device=device)
+    source = torch.empty(2**30, dtype=torch.int8, device=device).random_()
+    target = torch.empty_like(source)
+
+    def median_ms(call: Callable[[], object], seconds: float) -> float:
+        events = []
+        stop = time.perf_counter() + seconds
+        while time.perf_counter() < stop:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            events.append(start.elapsed_time(end))
+        return statistics.median(events[len(events) // 2:])
+
+    matmul_ms = median_ms(lambda: torch.mm(a, b, out=out), 0.6)
+    copy_ms = median_ms(lambda: target.copy_(source), 0.2)
+    return {"matmul_tflops": 2 * n**3 / matmul_ms / 1e9, "copy_tbps": 2 * source.nbytes / copy_ms / 1e9}
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What the figures were measured on: GPU, versions, commit, date.
+
+    The commit is asked of git. A copy without its history can be told by LAB_COMMIT=<hash>.
+    """
+    on_gpu = device.type == "cuda"
+    properties = torch.cuda.get_device_properties(device) if on_gpu else None
+    commit, dirty = _commit()
+    return {
+        "gpu": properties.name if on_gpu else f"none ({platform.processor() or platform.machine()} CPU)",
+        "sm": f"sm_{properties.major}{properties.minor}" if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _driver() if on_gpu else None,
+        "python": platform.python_version(),
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _commit() -> tuple[str, bool | None]:
+    given = os.environ.get("LAB_COMMIT")
+    if given:
+        return given[:12], None
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip()[:12], bool(git("status", "--porcelain").strip())
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown", None
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except FileNotFoundError:
+        return "unknown"

@@ -1,0 +1,186 @@
+"""One workload from start to rows: build, gate, warm, profile, time in interleaved rounds."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from common.config import Workload, flops, least_bytes
+from common.level import Loaded, Unsupported
+from common.measure import (
+    Forward, Gate, PeakMemory, Spread, WallClock, check_finite, count_host_syncs, environment, error_bound, gate,
+    interleave, measure_ceilings, profile_call,
+)
+from common.model import Oracle, Weights, make_inputs, make_weights, oracle
+from common.references import BOUND, Reference
+from common.results import Row, Run, new_run
+
+# No level is timed for longer than this in one run, unless three calls take longer.
+SECONDS_EACH = 4.0
+PROFILED_CALLS = 3
+
+
+class Reporter(Protocol):
+    """Who is told how a run goes: the stage it is in, and the run whenever a row of it changed."""
+
+    def stage(self, text: str) -> None: ...
+
+    def update(self, run: Run) -> None: ...
+
+
+class Interrupted(Exception):
+    """Ctrl-C during a run; `run` holds what was measured until then, marked partial."""
+
+    def __init__(self, run: Run):
+        super().__init__("interrupted")
+        self.run = run
+
+
+@dataclass
+class _Subject:
+    """A row being measured, with its forward once that is built and has passed its gate."""
+
+    row: Row
+    build: Callable[[], Forward]
+    is_layer: bool
+    forward: Forward | None = None
+    interpreted: bool = False
+
+
+def run_workload(workload: Workload, levels: Sequence[Loaded], references: Sequence[Reference], device: torch.device,
+                 rounds: int, reporter: Reporter) -> Run:
+    """Measure `levels` and `references` on `workload`, all with the same weights and inputs.
+
+    Raises Interrupted on Ctrl-C, with what was measured; ValueError if an input is not finite.
+    """
+    cfg = workload.config
+    reporter.stage("drawing weights and inputs")
+    weights = make_weights(cfg, workload.dtype, device, workload.seed)
+    batches = [make_inputs(Workload(cfg, workload.T, workload.dtype, workload.routing, seed), weights)
+               for seed in (workload.seed, workload.seed + 1000)]
+    for x_TD in batches:
+        check_finite(x_TD, weights)
+    reporter.stage("computing the float64 oracle")
+    expected = [oracle(cfg, weights, x_TD) for x_TD in batches]
+    active_experts = int((expected[0].rows_E > 0).sum())
+    reporter.stage("measuring this machine's ceilings")
+    ceilings = measure_ceilings(workload.dtype, device)
+    run = new_run(workload, rounds, environment(device), ceilings, active_experts,
+                  flops(workload), least_bytes(workload, active_experts))
+    subjects = [_level_subject(loaded, workload, weights, device) for loaded in levels]
+    subjects += [_reference_subject(reference, workload, weights) for reference in references]
+    run.rows = [subject.row for subject in subjects]
+    try:
+        for subject in subjects:
+            reporter.stage(f"{subject.row.name}: building, checking against the oracle")
+            _build_and_gate(subject, workload, batches, expected, device)
+            reporter.update(run)
+        ready = [subject for subject in subjects if subject.forward is not None]
+        _time(run, ready, batches[0], device, rounds, reporter)
+    except KeyboardInterrupt:
+        run.partial = True
+        raise Interrupted(run) from None
+    return run
+
+
+def _level_subject(loaded: Loaded, workload: Workload, weights: Weights, device: torch.device) -> _Subject:
+    level = loaded.level
+    row = Row("level", level.number, level.name, level.adds, "unsupported")
+
+    def build() -> Forward:
+        level.check_supported(device, workload.dtype)
+        return loaded.build(workload.config, weights)
+
+    return _Subject(row, build, is_layer=True, interpreted=level.interpreted(device))
+
+
+def _reference_subject(reference: Reference, workload: Workload, weights: Weights) -> _Subject:
+    row = Row("reference", None, reference.name, reference.adds, "unsupported")
+    return _Subject(row, lambda: reference.build(workload, weights), reference.is_layer)
+
+
+def _build_and_gate(subject: _Subject, workload: Workload, batches: list[torch.Tensor],
+                    expected: list[Oracle], device: torch.device) -> None:
+    """Fill in the row's status, errors, build time and memory; keep the forward if it passed.
+
+    Two batches with different routing: a forward that froze the first one's cannot pass.
+    """
+    row = subject.row
+    try:
+        with PeakMemory(device) as memory:
+            start = time.perf_counter()
+            forward = subject.build()
+            memory.result = forward(batches[0])
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            row.build_s = time.perf_counter() - start
+        row.peak_mib = None if memory.bytes is None else memory.bytes / 2**20
+        if subject.is_layer:
+            found = gate(memory.result, expected[0], workload)
+            if found.ok:
+                found = gate(forward(batches[1]), expected[1], workload)
+            _record_gate(row, found)
+        else:
+            row.status = "ok"
+        memory.result = None
+        if row.status == "ok":
+            subject.forward = forward
+            if subject.interpreted:
+                row.status, row.reason = "interpreted", "Triton's interpreter: right, but its time means nothing"
+    except Unsupported as lack:
+        row.status, row.reason = "unsupported", str(lack)
+    except torch.OutOfMemoryError as error:
+        row.status, row.reason = "oom", str(error).split(". GPU")[0]
+    except Exception as error:  # a level that raises is red, its traceback shown; the others still run
+        traceback.print_exc()
+        row.status, row.reason = "failed", f"{type(error).__name__}: {error}"
+    row.error_bound = error_bound(workload) if subject.is_layer else None
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _record_gate(row: Row, found: Gate) -> None:
+    row.rel_err, row.worst_row_err = found.rel_err, found.worst_row_err
+    row.status, row.reason = ("ok", "") if found.ok else ("failed", found.reason)
+
+
+def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.device, rounds: int,
+          reporter: Reporter) -> None:
+    """Profile and time every ready subject; rows are filled in as rounds go by."""
+    clock = WallClock(device)
+    calls = [lambda forward=subject.forward: forward(x_TD) for subject in ready]
+    for subject, call in zip(ready, calls, strict=True):
+        reporter.stage(f"{subject.row.name}: warming and profiling")
+        clock(call)
+        if device.type == "cuda":
+            subject.row.host_syncs = count_host_syncs(call)
+            profiles = []
+            for _ in range(PROFILED_CALLS):
+                clock(lambda: None)  # a cold L2 here too
+                profiles.append(profile_call(call))
+            subject.row.launches = profiles[-1].launches
+            subject.row.gpu_ms = Spread.of([profile.gpu_ms for profile in profiles])
+    for i, samples in enumerate(interleave(calls, rounds, clock, SECONDS_EACH)):
+        for subject, taken in zip(ready, samples, strict=True):
+            subject.row.wall_ms, subject.row.samples = Spread.of(taken), len(taken)
+        _derive(run)
+        reporter.stage(f"round {i + 1} of {rounds}")
+        reporter.update(run)
+
+
+def _derive(run: Run) -> None:
+    """Fill in what follows from the median times: TFLOP/s, share of the roofline, share of the bound."""
+    bound = run.row(BOUND)
+    for row in run.rows:
+        if not row.timed:
+            continue
+        row.tflops = run.flops / row.wall_ms.p50 / 1e9
+        row.roofline_share = run.roofline_ms / row.wall_ms.p50 if run.roofline_ms else None
+        row.bound_share = bound.wall_ms.p50 / row.wall_ms.p50 if bound and bound.timed else None

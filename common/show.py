@@ -1,0 +1,137 @@
+"""What a run looks like in a terminal: the live table, the stage line, the error line."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from common.config import Workload, dtype_name
+from common.results import Row, Run, speedups
+
+
+def error_exit(error: Exception) -> int:
+    """Print `error: ...` to standard error; the exit status for bad input, 2."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits without an exponent: 0.0123, 1.23, 123, 12300; `-` for None."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:#.{digits}g}".rstrip(".")
+
+
+def percent(share: float | None) -> str:
+    """0.931 -> `93%`; `-` for None."""
+    return "-" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def ratio(value: float | None) -> str:
+    """1.534 -> `1.53x`, `-` for None."""
+    return "-" if value is None else f"{number(value)}x"
+
+
+def status_text(row: Row) -> str:
+    """What stands where a time would: `out of memory`, `n/a (needs CUDA)`, `FAILED: ...`."""
+    if row.status == "oom":
+        return "out of memory"
+    if row.status == "failed":
+        return f"FAILED: {row.reason}"
+    if row.status in ("unsupported", "not installed"):
+        return f"n/a ({row.reason or row.status})"
+    return row.status
+
+
+def title(run: Run) -> str:
+    """One line that says what was run."""
+    shape = " ".join(f"{letter}={size}" for letter, size in run.shape.items())
+    return f"{run.preset}  {shape}  {run.dtype}  {run.routing} routing"
+
+
+def run_table(run: Run) -> Table:
+    """The table of one run, levels first, references below a rule."""
+    table = Table(title=title(run) + ("  (partial)" if run.partial else ""), title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("level")
+    for name in ("rel. error", "wall ms", "p20-p80", "GPU ms", "launches", "syncs", "step", "total",
+                 "TFLOP/s", "roofline", "bound", "peak MiB", "build s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    gains, kind = speedups(run), "level"
+    for row in run.rows:
+        if row.kind != kind:
+            table.add_section()
+            kind = row.kind
+        gain = gains.get(row.number)
+        step = Text(ratio(gain.step if gain else None), style="red" if gain and gain.step and gain.step < 1 else "")
+        wall, spread = status_text(row), ""
+        if row.wall_ms is not None and row.status in ("ok", "interpreted"):
+            wall = number(row.wall_ms.p50) if row.timed else f"({number(row.wall_ms.p50)})"
+            spread = f"{number(row.wall_ms.p20)}-{number(row.wall_ms.p80)}"
+        table.add_row(
+            "" if row.number is None else str(row.number), row.name,
+            "-" if row.rel_err is None else f"{row.rel_err:.1e}",
+            Text(wall, style="red" if row.status == "failed" else "yellow" if not row.timed else "bold"), spread,
+            number(row.gpu_ms.p50 if row.gpu_ms else None),
+            "-" if row.launches is None else str(row.launches),
+            "-" if row.host_syncs is None else str(row.host_syncs),
+            step, ratio(gain.total if gain else None), number(row.tflops), percent(row.roofline_share),
+            percent(row.bound_share), number(row.peak_mib), number(row.build_s),
+        )
+    return table
+
+
+class Screen:
+    """A console whose last lines live: the running table and the stage it is in. Without a terminal it
+    prints a line at each new stage, at most one every two seconds, so a log shows progress too."""
+
+    def __init__(self) -> None:
+        self.console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self._said = 0.0
+
+    def __enter__(self) -> Screen:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def print(self, *what: object) -> None:
+        """Print above the live lines."""
+        self.console.print(*what)
+
+    def reporter(self, workload: Workload) -> _Reporter:
+        """A common.run.Reporter that shows this workload."""
+        return _Reporter(self, f"{workload.config.name} T={workload.T} {dtype_name(workload.dtype)}")
+
+    def show(self, text: str, run: Run | None) -> None:
+        """Refresh the live lines, or say the stage where there is no terminal."""
+        if self.console.is_terminal:
+            self.live.update(Group(run_table(run), Text(text)) if run else Text(text))
+        elif time.monotonic() - self._said > 2:
+            self._said = time.monotonic()
+            self.console.print(text)
+
+
+class _Reporter:
+    def __init__(self, screen: Screen, prefix: str):
+        self.screen, self.prefix = screen, prefix
+        self.text, self.run = "", None
+
+    def stage(self, text: str) -> None:
+        self.text = f"{self.prefix}: {text} ..."
+        self.screen.show(self.text, self.run)
+
+    def update(self, run: Run) -> None:
+        self.run = run
+        self.screen.show(self.text, run)

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Run the ladder: find the levels, gate each against the oracle, time them together, chart the result.
+
+    python level_runner.py --all                          every level, this machine's default workload
+    python level_runner.py --levels 4-6 --tokens 64,512   some levels at your own token counts
+    python level_runner.py --plot plots/h200_*.json       draw the charts again from recorded runs
+    python level_runner.py --profile 4                    where level 4's time goes
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from common.cli import add_workload_arguments, parse_workloads
+from common.level import Loaded, discover
+from common.references import REFERENCES
+from common.results import load, save
+from common.run import Interrupted, run_workload
+from common.show import Screen, error_exit, run_table
+
+ROOT = Path(__file__).resolve().parent
+RECORDED = ROOT / "plots"
+NO_GPU_OUT = ROOT / "out"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to run")
+    which = what.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every level (the default)")
+    which.add_argument("--levels", metavar="0-4,6", help="only these levels")
+    what.add_argument("--list", action="store_true", help="list the levels and stop")
+    what.add_argument("--quick", action="store_true", help="3 rounds, no reference rows, the smallest token count")
+    what.add_argument("--profile", type=int, metavar="N",
+                      help="profile level N: trace file and heaviest kernels, no timing")
+    add_workload_arguments(parser)
+    output = parser.add_argument_group("what to leave behind")
+    output.add_argument("--out", type=Path, metavar="DIR",
+                        help="folder for results and charts (default: plots; without a GPU: out)")
+    output.add_argument("--plot", type=Path, nargs="+", metavar="FILE", help="only draw charts from these results")
+    output.add_argument("--readme", action="store_true", help="only rewrite README.md's tables from plots/")
+    return parser
+
+
+def choose_levels(text: str | None, levels: Sequence[Loaded]) -> list[Loaded]:
+    """`0-4,6` -> those levels. Raises ValueError naming a level that does not exist or a part that does not parse."""
+    if text is None:
+        return list(levels)
+    known = {loaded.level.number: loaded for loaded in levels}
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f"--levels {text}: {part!r} is neither a number nor a range such as 0-4")
+        chosen.update(range(int(first), int(last or first) + 1))
+    unknown = sorted(chosen - set(known))
+    if unknown or not chosen:
+        raise ValueError(f"--levels {text}: no level {', '.join(map(str, unknown))}; there are "
+                         f"{', '.join(map(str, known))}")
+    return [known[number] for number in sorted(chosen)]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make `folder` and prove that it can be written. Raises ValueError naming it, before any GPU work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error}") from error
+
+
+def draw(paths: Sequence[Path], folder: Path, screen: Screen) -> None:
+    """Draw every chart of every results file into `folder`. Raises ValueError for a file it cannot read."""
+    from common.charts import draw_all
+
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"--plot {path}: no such file")
+        screen.print(f"drawing {path.name} ...")
+        for chart in draw_all(load(path), folder, path.stem):
+            screen.print(f"  {os.path.relpath(chart)}")
+
+
+def main(argv: Sequence[str] | None = None, levels: Sequence[Loaded] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 all green, 1 a red level, 2 bad input, 130 interrupted.
+
+    `levels` replaces the discovered ones, for tests.
+    """
+    args = parser().parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with Screen() as screen:
+            return run_command(args, device, screen, levels)
+    except (ValueError, FileNotFoundError) as error:
+        return error_exit(error)
+
+
+def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
+                levels: Sequence[Loaded] | None) -> int:
+    """Do what `args` ask for; returns the exit status. Raises ValueError for bad input."""
+    if args.readme:
+        from common.readme import rewrite
+
+        return 0 if rewrite(ROOT / "README.md", RECORDED, screen.print) else 1
+    out = args.out or (RECORDED if device.type == "cuda" else NO_GPU_OUT)
+    if args.plot:
+        prepare_folder(args.out or RECORDED)
+        draw(args.plot, args.out or RECORDED, screen)
+        return 0
+    levels = discover() if levels is None else levels
+    if args.list:
+        for loaded in levels:
+            needs = f"  (needs {', '.join(loaded.level.requires)})" if loaded.level.requires else ""
+            screen.print(f"{loaded.level.number}  {loaded.level.name:<14} {loaded.level.adds}{needs}")
+        return 0
+    if args.profile is not None:
+        from common.profile import profile_level
+
+        (loaded,) = choose_levels(str(args.profile), levels)
+        workload = parse_workloads(args, device)[0]
+        prepare_folder(out)
+        return profile_level(loaded, workload, device, out, screen)
+    chosen = choose_levels(args.levels, levels)
+    workloads = parse_workloads(args, device)
+    references = REFERENCES
+    if args.quick:
+        workloads, references, args.rounds = workloads[:1], (), min(args.rounds, 3)
+    prepare_folder(out)
+    runs, interrupted = [], False
+    for workload in workloads:
+        try:
+            run = run_workload(workload, chosen, references, device, args.rounds, screen.reporter(workload))
+        except Interrupted as stop:
+            run, interrupted = stop.run, True
+        screen.print(run_table(run))
+        runs.append(run)
+        path = save(out, run)
+        if interrupted:
+            screen.print(f"interrupted: what was measured is in {os.path.relpath(path)}, marked partial")
+            return 130
+    screen.print(f"results: {os.path.relpath(path)}")
+    if device.type == "cuda":
+        draw([path], out, screen)
+    else:
+        screen.print("\nNo GPU here, so no times to chart. The charts of the recorded GPU runs:")
+        draw(sorted(RECORDED.glob("*.json")), out, screen)
+    return 1 if any(row.status == "failed" for run in runs for row in run.rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
