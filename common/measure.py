@@ -243,33 +243,29 @@ class PeakMemory:
 
 # ---- the machine ---------------------------------------------------------------------------------
 
-def measure_ceilings(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """This GPU's matmul rate in TFLOP/s (8192^3, cuBLAS, random data, after half a second of load)
-    and its copy rate in TB/s (1 GiB, reads and writes counted). Empty on a CPU: no ceiling is
-    invented."""
-    if device.type != "cuda":
-        return {}
-    n = 8192
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(n, n, dtype=dtype, device=device)
-    source = torch.empty(2**30, dtype=torch.int8, device=device).random_()
-    target = torch.empty_like(source)
+class Ceilings:
+    """What the GPU can do at most, for timing in the same rounds as the levels: a chip that is warm for
+    them is as warm for its ceilings. `calls` are an 8192^3 matmul in cuBLAS on random data and a copy
+    of 512 MiB, each repeated so that the launch does not count."""
 
-    def median_ms(call: Callable[[], object], seconds: float) -> float:
-        events = []
-        stop = time.perf_counter() + seconds
-        while time.perf_counter() < stop:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        n, self.repeats = 8192, 4
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(n, n, dtype=dtype, device=device)
+        source = torch.empty(2**29, dtype=torch.int8, device=device).random_()
+        target = torch.empty_like(source)
+        self.flops, self.copy_bytes = 2 * n**3, 2 * source.nbytes
+        self.calls = (lambda: self._repeat(lambda: torch.mm(a, b, out=out)),
+                      lambda: self._repeat(lambda: target.copy_(source)))
+
+    def _repeat(self, call: Callable[[], object]) -> None:
+        for _ in range(self.repeats):
             call()
-            end.record()
-            end.synchronize()
-            events.append(start.elapsed_time(end))
-        return statistics.median(events[len(events) // 2:])
 
-    matmul_ms = median_ms(lambda: torch.mm(a, b, out=out), 0.6)
-    copy_ms = median_ms(lambda: target.copy_(source), 0.2)
-    return {"matmul_tflops": 2 * n**3 / matmul_ms / 1e9, "copy_tbps": 2 * source.nbytes / copy_ms / 1e9}
+    def rates(self, samples: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Median matmul_tflops and copy_tbps (reads and writes counted) from the calls' milliseconds."""
+        matmul_ms, copy_ms = (statistics.median(taken) / self.repeats for taken in samples)
+        return {"matmul_tflops": self.flops / matmul_ms / 1e9, "copy_tbps": self.copy_bytes / copy_ms / 1e9}
 
 
 def environment(device: torch.device) -> dict[str, object]:

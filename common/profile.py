@@ -25,7 +25,7 @@ def named_ranges(loaded: Loaded) -> Iterator[None]:
     """While open, each seam of the level runs inside an NVTX and a profiler range `level4.experts`.
 
     nsys and ncu show the first, torch.profiler the second. Levels that replay a graph have no seams
-    at run time: their ranges show while the graph is captured.
+    at run time: theirs show while the graph is captured, and not at all inside a compiled one.
     """
     module, before = loaded.module, {}
 
@@ -33,6 +33,8 @@ def named_ranges(loaded: Loaded) -> Iterator[None]:
         inner, label = before[seam], f"level{loaded.level.number}.{seam}"
 
         def ranged(*args, **kwargs):
+            if torch.compiler.is_compiling():  # a range is not part of the graph
+                return inner(*args, **kwargs)
             with torch.profiler.record_function(label), nvtx(label):
                 return inner(*args, **kwargs)
 
@@ -92,7 +94,8 @@ def profile_level(loaded: Loaded, workload: Workload, device: torch.device, out:
         profile = profile_call(lambda: forward(x_TD))
         table = Table(title=f"GPU-busy {number(profile.gpu_ms)} ms, {profile.launches} launches", title_justify="left")
         for heading in ("kernel", "calls", "ms", "share"):
-            table.add_column(heading, justify="left" if heading == "kernel" else "right", max_width=90)
+            table.add_column(heading, justify="left" if heading == "kernel" else "right", no_wrap=True,
+                             overflow="ellipsis", max_width=100)
         heaviest = sorted(profile.kernels.items(), key=lambda item: -item[1][1])[:15]
         for name, (count, ms) in heaviest:
             table.add_row(name, str(count), number(ms), f"{ms / profile.gpu_ms:.0%}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.results import Run, load, speedups
 from common.show import number, percent, ratio, status_text
 
-TABLE = re.compile(r"(<!-- table (?P<stem>\S+) (?P<tokens>[\d,]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(?P<open><!-- table (?P<stem>\S+) (?P<tokens>[\d,]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
 def markdown(run: Run) -> str:
@@ -63,7 +63,7 @@ def render(text: str, recorded: Path) -> str:
         if missing:
             raise ValueError(f"README.md wants tokens {missing} of {path.name}, which has {sorted(runs)}")
         body = "\n\n".join(markdown(runs[T]) for T in wanted)
-        return f"{match[1]}\n{body}\n\n{match[4]}"
+        return f"{match['open']}\n{body}\n\n{match['end']}"
 
     return TABLE.sub(table, text)
 

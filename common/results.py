@@ -93,16 +93,13 @@ class Run:
         return next((row for row in self.rows if row.name == name), None)
 
 
-def new_run(workload: Workload, rounds: int, environment: dict, ceilings: dict, active_experts: int,
-            flops: int, least_bytes: int) -> Run:
-    """An empty run of `workload`, its roofline computed from the measured ceilings."""
+def new_run(workload: Workload, rounds: int, environment: dict, active_experts: int, flops: int,
+            least_bytes: int) -> Run:
+    """A run of `workload` with nothing measured yet."""
     cfg = workload.config
-    roofline_ms = None
-    if ceilings:
-        roofline_ms = max(flops / ceilings["matmul_tflops"], least_bytes / ceilings["copy_tbps"]) / 1e9
     shape = {"T": workload.T, "D": cfg.D, "F": cfg.F, "E": cfg.E, "K": cfg.K}
     return Run(cfg.name, shape, workload.routing, dtype_name(workload.dtype), workload.seed, rounds,
-               environment, ceilings, active_experts, flops, least_bytes, roofline_ms)
+               environment, {}, active_experts, flops, least_bytes, None)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from common.config import Workload, flops, least_bytes
 from common.level import Loaded, Unsupported
 from common.measure import (
-    Forward, Gate, PeakMemory, Spread, WallClock, check_finite, count_host_syncs, environment, error_bound, gate,
-    interleave, measure_ceilings, profile_call,
+    Ceilings, Forward, Gate, PeakMemory, Spread, WallClock, check_finite, count_host_syncs, environment, error_bound,
+    gate, interleave, profile_call,
 )
 from common.model import Oracle, Weights, make_inputs, make_weights, oracle
 from common.references import BOUND, Reference
@@ -69,9 +69,7 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
     reporter.stage("computing the float64 oracle")
     expected = [oracle(cfg, weights, x_TD) for x_TD in batches]
     active_experts = int((expected[0].rows_E > 0).sum())
-    reporter.stage("measuring this machine's ceilings")
-    ceilings = measure_ceilings(workload.dtype, device)
-    run = new_run(workload, rounds, environment(device), ceilings, active_experts,
+    run = new_run(workload, rounds, environment(device), active_experts,
                   flops(workload), least_bytes(workload, active_experts))
     subjects = [_level_subject(loaded, workload, weights, device) for loaded in levels]
     subjects += [_reference_subject(reference, workload, weights) for reference in references]
@@ -167,9 +165,17 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
                 profiles.append(profile_call(call))
             subject.row.launches = profiles[-1].launches
             subject.row.gpu_ms = Spread.of([profile.gpu_ms for profile in profiles])
+    ceilings = Ceilings(x_TD.dtype, device) if device.type == "cuda" else None
+    if ceilings:
+        reporter.stage("warming the ceilings")
+        for call in ceilings.calls:
+            clock(call)
+        calls += ceilings.calls
     for i, samples in enumerate(interleave(calls, rounds, clock, SECONDS_EACH)):
-        for subject, taken in zip(ready, samples, strict=True):
+        for subject, taken in zip(ready, samples, strict=False):
             subject.row.wall_ms, subject.row.samples = Spread.of(taken), len(taken)
+        if ceilings:
+            run.ceilings = ceilings.rates(samples[len(ready):])
         _derive(run)
         reporter.stage(f"round {i + 1} of {rounds}")
         reporter.update(run)
@@ -177,6 +183,9 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
 
 def _derive(run: Run) -> None:
     """Fill in what follows from the median times: TFLOP/s, share of the roofline, share of the bound."""
+    if run.ceilings:
+        arithmetic = run.flops / run.ceilings["matmul_tflops"]
+        run.roofline_ms = max(arithmetic, run.least_bytes / run.ceilings["copy_tbps"]) / 1e9
     bound = run.row(BOUND)
     for row in run.rows:
         if not row.timed:

@@ -212,12 +212,13 @@ def dispatch(
     K = expert_ids_TK.shape[1]
     # The radix sort passes over its keys once a byte: 16-bit keys take a quarter of int64's passes.
     sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(torch.int16).sort(stable=True)
+    x_RD = x_TD[slot_of_row_R // K]  # first, so that the GPU has work while the host launches the rest
     bounds_E1 = torch.arange(E + 1, dtype=torch.int16, device=x_TD.device)
     offsets_E1 = torch.searchsorted(sorted_ids_R, bounds_E1, out_int32=True)
     rows_R = torch.arange(slot_of_row_R.numel(), device=x_TD.device)
     row_of_slot_TK = torch.empty_like(expert_ids_TK)
     row_of_slot_TK.view(-1).scatter_(0, slot_of_row_R, rows_R)
-    return x_TD[slot_of_row_R // K], offsets_E1, row_of_slot_TK
+    return x_RD, offsets_E1, row_of_slot_TK
 
 
 def experts(

@@ -48,7 +48,7 @@ FAULTS = (
           "row_start = tl.load(offsets_ptr + expert) + 1"),
     Fault("last row tile dropped", 4, "row_tiles = tl.cdiv(row_end - row_start, BLOCK_M)",
           "row_tiles = tl.maximum(1, (row_end - row_start) // BLOCK_M)"),
-    Fault("last depth block dropped", 4, "for k in range(0, K, BLOCK_K)", "for k in range(0, K - BLOCK_K + 1, BLOCK_K)"),
+    Fault("last depth block dropped", 4, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K + 1, BLOCK_K)"),
     Fault("depth tail not masked", 4, "< K - k", "< K"),
     Fault("too few tiles launched", 4, "+ min(E, R)", ""),
     Fault("expert of the tile before", 4, "(tile_ends <= tile)", "(tile_ends < tile)"),

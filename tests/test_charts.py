@@ -1,0 +1,178 @@
+"""Charts and README tables show what their JSON holds, nothing else: python -m pytest tests/test_charts.py"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot as plt
+
+from common import charts
+from common.config import DEFAULT_TOKENS
+from common.measure import Spread
+from common.readme import TABLE, markdown, render
+from common.results import Row, Run, load, save, speedups
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED = sorted((ROOT / "plots").glob("*.json"))
+ENVIRONMENT = {"gpu": "NVIDIA Test", "sm": "sm_90", "torch": "2", "triton": "3", "cuda": "13", "driver": "1",
+               "python": "3", "commit": "abc", "dirty": False, "date": "2026-01-01"}
+
+
+def row(number: int, ms: float | None, **fields) -> Row:
+    spread = None if ms is None else Spread(ms * 0.9, ms, ms * 1.1)
+    known = {"peak_mib": 10.0 * (number + 1), "roofline_share": None if ms is None else 1 / ms, "status": "ok"}
+    return Row("level", number, f"name{number}", "adds", wall_ms=spread, gpu_ms=spread, **{**known, **fields})
+
+
+def made_up(T: int, *rows: Row) -> Run:
+    bound = Row("reference", None, "cuBLAS bmm", "bound", "ok", wall_ms=Spread(1, 1, 1), roofline_share=0.8)
+    return Run("qwen3-30b-a3b", {"T": T, "D": 2, "F": 2, "E": 2, "K": 1}, "natural", "bfloat16", 0, 5, ENVIRONMENT,
+               {"matmul_tflops": 700.0, "copy_tbps": 4.0}, 2, 10**12, 10**9, 1.5, rows=[*rows, bound])
+
+
+RUNS = [
+    made_up(64, row(0, 100.0), row(1, 2.0), row(2, 4.0), row(3, None, status="oom", peak_mib=None)),
+    made_up(512, row(0, 200.0), row(1, None, status="oom", peak_mib=None), row(2, 20.0), row(3, 1.0)),
+]
+
+
+def bars(ax) -> dict[str, float]:
+    return {patch.get_gid(): patch.get_width() for patch in ax.patches if patch.get_gid()}
+
+
+def lines(ax) -> dict[str, list[tuple[float, float]]]:
+    return {line.get_gid(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in ax.lines}
+
+
+@pytest.fixture(params=["made up", *RECORDED], ids=lambda value: value if isinstance(value, str) else value.stem)
+def runs(request) -> list[Run]:
+    if request.param == "made up":
+        return RUNS
+    return [run for run in load(request.param) if (run.routing, run.dtype) == ("natural", "bfloat16")]
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def test_ladder_bars_are_the_recorded_ratios(runs):
+    fig = charts.ladder(runs)
+    for ax, run in zip(fig.axes, charts.panels(runs), strict=True):
+        timed = [one for one in run.levels if one.timed]
+        first = timed[0].wall_ms.p50
+        assert bars(ax) == {f"level{one.number}": pytest.approx(first / one.wall_ms.p50) for one in timed}
+
+
+def test_a_losing_step_has_its_own_colour():
+    ax = charts.ladder(RUNS).axes[0]
+    colors = {patch.get_gid(): patch.get_facecolor() for patch in ax.patches if patch.get_gid()}
+    assert colors["level2"] != colors["level1"]
+    assert any("out of memory" in text.get_text() for text in ax.texts)
+
+
+def test_scale_lines_are_the_recorded_times(runs):
+    if len(runs) < 2:
+        pytest.skip("one token count has no scale")
+    drawn = lines(charts.scale(runs).axes[0])
+    for number in {one.number for one in runs[-1].levels}:
+        rows = [(run.shape["T"], one) for run in runs for one in run.levels if one.number == number]
+        assert drawn[f"level{number}"] == [(T, pytest.approx(one.wall_ms.p50)) for T, one in rows if one.timed]
+        assert [T for T, _ in drawn[f"level{number}-oom"]] == [T for T, one in rows if one.status == "oom"]
+    assert drawn["bound"] == [(run.shape["T"], run.row("cuBLAS bmm").wall_ms.p50) for run in runs]
+
+
+def test_memory_bars_are_the_recorded_peaks(runs):
+    for ax, run in zip(charts.memory(runs).axes, charts.panels(runs), strict=True):
+        assert bars(ax) == {f"level{one.number}": one.peak_mib for one in run.levels if one.status == "ok"}
+
+
+def test_roofline_bars_are_the_recorded_shares(runs):
+    for ax, run in zip(charts.roofline(runs).axes, charts.panels(runs), strict=True):
+        assert bars(ax) == {f"level{one.number}": pytest.approx(100 * one.roofline_share)
+                            for one in run.levels if one.timed}
+        assert lines(ax)["bound"][0][0] == pytest.approx(100 * run.row("cuBLAS bmm").roofline_share)
+
+
+def test_every_chart_says_what_it_was_measured_on():
+    for chart in charts.CHARTS.values():
+        words = " ".join(text.get_text() for text in chart(RUNS).findobj(plt.Text))
+        assert "NVIDIA Test" in words
+        assert "commit abc" in words
+        assert "natural routing" in words
+
+
+def test_draw_all_writes_png_and_svg(tmp_path):
+    written = charts.draw_all(RUNS, tmp_path, "made-up")
+    assert {path.name for path in written} == {f"made-up_{name}.{ending}" for name in charts.CHARTS
+                                               for ending in ("png", "svg")}
+    assert all(path.stat().st_size > 10_000 for path in written)
+
+
+def test_panels_prefer_the_presets_token_counts():
+    sweep = [made_up(T, row(0, 1.0)) for T in (64, 128, 256, 512, 16384, 32768)]
+    assert [run.shape["T"] for run in charts.panels(sweep)] == list(DEFAULT_TOKENS["qwen3-30b-a3b"])
+
+
+def test_speedups_skip_what_has_no_time():
+    gains = speedups(RUNS[1])
+    assert set(gains) == {0, 2, 3}
+    assert gains[2].step == pytest.approx(10)
+    assert gains[3].step == pytest.approx(20)
+    assert gains[3].total == pytest.approx(200)
+
+
+# ---- results files and README --------------------------------------------------------------------
+
+def test_a_run_survives_the_file(tmp_path):
+    path = save(tmp_path, RUNS[0])
+    assert path.name == "test_qwen3-30b-a3b.json"
+    assert load(path) == [RUNS[0]]
+
+
+def test_a_file_that_is_no_results_file_is_named(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is not JSON"):
+        load(path)
+    path.write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="has results schema None"):
+        load(path)
+
+
+def test_a_markdown_table_holds_the_medians():
+    table = markdown(RUNS[0])
+    assert "| 0 | name0 | 100 (90.0 to 110) |" in table
+    assert "**0.500x, slower**" in table
+    assert "| 3 | name3 | out of memory |" in table
+
+
+def test_render_replaces_only_what_stands_between_markers(tmp_path):
+    save(tmp_path, RUNS[0])
+    text = "before\n<!-- table test_qwen3-30b-a3b 64 -->\nstale\n<!-- end -->\nafter\n"
+    fresh = render(text, tmp_path)
+    assert fresh.startswith("before\n")
+    assert fresh.endswith("<!-- end -->\nafter\n")
+    assert "stale" not in fresh
+    assert render(fresh, tmp_path) == fresh
+    with pytest.raises(ValueError, match=r"README.md wants tokens \[128\]"):
+        render(text.replace(" 64 ", " 128 "), tmp_path)
+
+
+def test_the_readme_equals_the_recorded_json():
+    text = (ROOT / "README.md").read_text()
+    assert TABLE.search(text), "the README shows no recorded table"
+    assert render(text, ROOT / "plots") == text, "run: python level_runner.py --readme"
+
+
+def test_the_readmes_pictures_exist():
+    for picture in re.findall(r"\]\((plots/[^)]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / picture).exists(), picture
+
+
+def test_there_are_recorded_runs():
+    assert RECORDED

@@ -1,0 +1,276 @@
+"""The runner end to end, with good levels, bad levels and bad input: python -m pytest tests/test_runner.py"""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import common.run
+import level_runner
+from common.config import MoEConfig, Workload, preset
+from common.level import Level, Loaded, discover
+from common.measure import Ceilings, Spread, WallClock, interleave
+from common.model import make_inputs, make_weights
+from common.results import load
+from common.run import Interrupted, run_workload
+from common.show import Screen
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fake(number: int, name: str, change) -> Loaded:
+    """A level that is level 1 with its output passed through `change`."""
+    right = discover()[1]
+
+    def build(cfg, weights):
+        forward = right.build(cfg, weights)
+        return lambda x_TD: change(forward(x_TD))
+
+    module = types.SimpleNamespace(build=build, LEVEL=Level(number, name, f"a level that is {name}"))
+    return Loaded(module.LEVEL, module)
+
+
+def boom(_):
+    raise RuntimeError("boom")
+
+
+def out_of_memory(_):
+    raise torch.OutOfMemoryError("tried to allocate 1.00 TiB. GPU 0 has less")
+
+
+GOOD = fake(0, "right", lambda out: out)
+BAD = {
+    "wrong": (fake(1, "wrong", lambda out: out * 1.1), "relative error"),
+    "nan": (fake(1, "nan", lambda out: out.clone().index_fill_(0, torch.zeros(1, dtype=torch.long, device=DEVICE),
+                                                              float("nan"))), "NaN or infinite"),
+    "misshapen": (fake(1, "misshapen", lambda out: out[:-1]), "output shape"),
+    "other dtype": (fake(1, "other dtype", lambda out: out.double()), "output dtype"),
+    "raises": (fake(1, "raises", boom), "RuntimeError: boom"),
+    "one token off": (fake(1, "one token off", lambda out: torch.cat([out[:-1], out[-1:] * (1 + 3e-5)])), "token"),
+}
+
+
+def run(tmp_path: Path, *arguments: str, levels=None) -> tuple[int, list]:
+    status = level_runner.main(["--preset", "tiny", "--dtype", "float32", "--rounds", "2", "--out", str(tmp_path),
+                                *arguments], levels=levels)
+    files = list(tmp_path.glob("*_tiny.json"))
+    return status, load(files[0]) if files else []
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_red_level_gets_no_time_and_a_red_exit(fault, tmp_path):
+    level, reason = BAD[fault]
+    status, (recorded,) = run(tmp_path, "--tokens", "2000" if fault == "one token off" else "32", levels=[GOOD, level])
+    right, red = recorded.levels
+    assert status == 1
+    assert right.status == "ok"
+    assert right.wall_ms is not None
+    assert red.status == "failed"
+    assert red.wall_ms is None
+    assert reason in red.reason
+
+
+def test_out_of_memory_is_a_row_and_not_a_failure(tmp_path):
+    status, (recorded,) = run(tmp_path, levels=[GOOD, fake(1, "huge", out_of_memory)])
+    assert status == 0
+    assert recorded.levels[1].status == "oom"
+    assert "1.00 TiB" in recorded.levels[1].reason
+    assert recorded.levels[1].wall_ms is None
+
+
+def test_a_level_that_froze_its_first_batch_is_red(tmp_path):
+    first: list[torch.Tensor] = []
+
+    def freeze(out):
+        first.append(out)
+        return first[0]
+
+    status, (recorded,) = run(tmp_path, levels=[GOOD, fake(1, "frozen", freeze)])
+    assert status == 1
+    assert recorded.levels[1].status == "failed"
+
+
+def test_runs_of_other_workloads_stay_in_the_file(tmp_path):
+    run(tmp_path, "--tokens", "32", levels=[GOOD])
+    run(tmp_path, "--tokens", "8", levels=[GOOD])
+    _, recorded = run(tmp_path, "--tokens", "8", "--routing", "sparse", levels=[GOOD])
+    assert [(one.shape["T"], one.routing) for one in recorded] == [(8, "natural"), (8, "sparse"), (32, "natural")]
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
+    whole_status, _ = run(tmp_path, levels=[GOOD])
+    clock_calls = []
+
+    def interrupted_clock(self, call):
+        clock_calls.append(call)
+        if len(clock_calls) == 3:  # after the warm-up and the first round
+            raise KeyboardInterrupt
+        call()
+        return 1.0
+
+    monkeypatch.setattr(common.run.WallClock, "__call__", interrupted_clock)
+    status = level_runner.main(["--preset", "tiny", "--dtype", "float32", "--quick", "--out", str(tmp_path)],
+                               levels=[GOOD])
+    if DEVICE.type == "cpu":
+        (partial,) = load(tmp_path / "cpu_tiny_partial.json")
+        assert partial.partial
+        assert partial.levels[0].wall_ms == Spread(1.0, 1.0, 1.0)
+        assert not load(tmp_path / "cpu_tiny.json")[0].partial, "a partial run must not replace a whole one"
+    assert (whole_status, status) == (0, 130)
+
+
+def test_ctrl_c_while_building(monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    workload = Workload(preset("tiny"), 8, torch.float32)
+    with Screen() as screen, pytest.raises(Interrupted) as stop:
+        run_workload(workload, [GOOD, fake(1, "slow", interrupt)], (), DEVICE, 2, screen.reporter(workload))
+    assert stop.value.run.partial
+    assert [row.status for row in stop.value.run.rows] == ["ok", "unsupported"]
+
+
+BAD_INPUT = [
+    (["--preset", "nope"], "preset='nope' is unknown: choose one of tiny"),
+    (["--levels", "99"], "no level 99"),
+    (["--levels", "a-b"], "'a-b' is neither a number nor a range"),
+    (["--levels", "3-1"], "--levels 3-1"),
+    (["--routing", "random"], "routing='random' is unknown: choose one of natural"),
+    (["--shape", "8,16,16,2,4"], "K=4 is more than E=2"),
+    (["--shape", "8,16,0,2,1"], "F=0: sizes are whole numbers of at least 1"),
+    (["--shape", "8,16,16"], "give five whole numbers T,D,F,E,K"),
+    (["--shape", "0,16,16,4,2"], "T=0"),
+    (["--shape", "8,4,16,8,2", "--routing", "one_hot"], "needs E <= D"),
+    (["--tokens", "0"], "tokens=0"),
+    (["--tokens", "many"], "--tokens many"),
+    (["--dtype", "int8"], "dtype='int8' is unknown"),
+    (["--rounds", "0"], "--rounds 0"),
+    (["--preset", "tiny", "--shape", "8,16,16,4,2"], "give one of them"),
+    (["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
+    (["--plot", "missing.json"], "--plot missing.json: no such file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=lambda value: "_".join(value)[:40])
+def test_bad_input_is_named_before_any_work(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(level_runner, "run_workload", lambda *_: pytest.fail("work started"))
+    assert level_runner.main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_dtype_that_the_gpu_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    assert level_runner.main(["--dtype", "bfloat16"]) == 2
+    assert "dtype='bfloat16': Tesla T4 has none, use float16" in capsys.readouterr().err
+
+
+def test_nan_in_the_input_is_found_and_named(tmp_path, monkeypatch, capsys):
+    def poisoned(workload, weights):
+        x_TD = make_inputs(workload, weights)
+        x_TD[3, 5] = float("nan")
+        return x_TD
+
+    monkeypatch.setattr(common.run, "make_inputs", poisoned)
+    status, _ = run(tmp_path, levels=[GOOD])
+    assert status == 2
+    assert "x_TD holds 1 NaN or infinite values" in capsys.readouterr().err
+
+
+def test_nan_in_a_weight_is_found_and_named(tmp_path, monkeypatch, capsys):
+    def poisoned(*arguments):
+        weights = make_weights(*arguments)
+        weights.down_EDF[2, 1, 0] = float("inf")
+        return weights
+
+    monkeypatch.setattr(common.run, "make_weights", poisoned)
+    status, _ = run(tmp_path, levels=[GOOD])
+    assert status == 2
+    assert "down_EDF holds 1 NaN or infinite values" in capsys.readouterr().err
+
+
+def test_results_of_another_schema_are_refused_before_they_are_lost(tmp_path, capsys):
+    run(tmp_path, levels=[GOOD])
+    (path,) = tmp_path.glob("*_tiny.json")
+    old = json.dumps({**json.loads(path.read_text()), "schema": 0})
+    path.write_text(old)
+    assert level_runner.main(["--plot", str(path), "--out", str(tmp_path)]) == 2
+    assert "has results schema 0, this version reads 1" in capsys.readouterr().err
+    assert run_status(tmp_path) == 2
+    assert path.read_text() == old
+
+
+def run_status(tmp_path: Path) -> int:
+    return level_runner.main(["--preset", "tiny", "--dtype", "float32", "--rounds", "1", "--out", str(tmp_path)],
+                             levels=[GOOD])
+
+
+def test_list_names_every_level(capsys):
+    assert level_runner.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(loaded.level.adds in shown for loaded in discover())
+
+
+def test_profile_writes_a_trace_with_the_seams(tmp_path, capsys):
+    status = level_runner.main(["--profile", "4", "--preset", "tiny", "--dtype", "float32", "--tokens", "8",
+                                "--out", str(tmp_path)])
+    (trace,) = tmp_path.glob("trace_level4_tiny_T8.json")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert status == 0
+    assert {"level4", "level4.route", "level4.dispatch", "level4.experts", "level4.combine"} <= names
+
+
+def test_quick_is_one_small_run_without_references(tmp_path):
+    _, (recorded,) = run(tmp_path, "--quick", "--tokens", "16,8", levels=[GOOD])
+    assert recorded.shape["T"] == 16
+    assert [row.kind for row in recorded.rows] == ["level"]
+
+
+# ---- the rounds ----------------------------------------------------------------------------------
+
+def test_rounds_interleave_and_slow_calls_skip_evenly():
+    order: list[str] = []
+
+    def clock(call):
+        order.append(call)
+        return 1000.0 if call == "slow" else 1.0
+
+    *_, samples = interleave(["fast", "slow"], rounds=9, clock=clock, seconds_each=2.0)
+    assert [len(taken) for taken in samples] == [9, 3]
+    assert order[:2] == ["fast", "slow"]
+    assert order.count("slow") == 3
+    assert order[-5:] == ["fast", "fast", "slow", "fast", "fast"] or order[-3:] == ["slow", "fast", "fast"]
+
+
+def test_spread_is_the_percentiles():
+    assert Spread.of([5.0]) == Spread(5.0, 5.0, 5.0)
+    assert Spread.of([float(i) for i in range(101)]) == Spread(20.0, 50.0, 80.0)
+
+
+@pytest.mark.gpu
+def test_ceilings_are_below_the_datasheet():
+    """An H200 lists 989 TFLOP/s and 4.8 TB/s; no card may measure more than its own list."""
+    ceilings, clock = Ceilings(torch.bfloat16, DEVICE), WallClock(DEVICE)
+    rates = ceilings.rates([[clock(call) for _ in range(5)] for call in ceilings.calls])
+    assert 10 < rates["matmul_tflops"] < 2500
+    assert 0.1 < rates["copy_tbps"] < 8
+    if "H200" in torch.cuda.get_device_name():
+        assert rates["matmul_tflops"] < 989
+        assert rates["copy_tbps"] < 4.8
+
+
+@pytest.mark.gpu
+def test_memory_and_syncs_are_measured(tmp_path):
+    _, (recorded,) = run(tmp_path, "--levels", "0-4")
+    naive, batched, _, memefficient, grouped = recorded.levels
+    assert naive.host_syncs >= 16
+    assert grouped.host_syncs == 0
+    cfg: MoEConfig = preset("tiny")
+    gathered = recorded.shape["T"] * cfg.K * 3 * cfg.D * cfg.F * 4 / 2**20
+    assert batched.peak_mib >= gathered
+    assert memefficient.peak_mib <= 2048
