@@ -156,11 +156,11 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
     calls = [lambda forward=subject.forward: forward(x_TD) for subject in ready]
     for subject, call in zip(ready, calls, strict=True):
         reporter.stage(f"{subject.row.name}: warming and profiling")
-        clock(call)
+        milliseconds = clock(call)
         if device.type == "cuda":
             subject.row.host_syncs = count_host_syncs(call)
             profiles = []
-            for _ in range(PROFILED_CALLS):
+            for _ in range(PROFILED_CALLS if milliseconds < 1e3 else 1):
                 clock(lambda: None)  # a cold L2 here too
                 profiles.append(profile_call(call))
             subject.row.launches = profiles[-1].launches

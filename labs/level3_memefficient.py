@@ -36,7 +36,7 @@ LEVEL = Level(
     number=3,
     name="memefficient",
     adds="a fixed workspace: tokens in chunks, buffers reused",
-    changes=("DEFAULT_BUDGET_BYTES", "Workspace", "silu_mul", "experts", "build"),
+    changes=("DEFAULT_BUDGET_BYTES", "Workspace", "silu_mul", "gather_into", "experts", "build"),
     requires=("triton",),
     claims=Claims(host_syncs=0),
 )
@@ -122,17 +122,22 @@ class Workspace:
         self.y_RD1 = self.weights_R2FD.new_empty(R, cfg.D, 1)
 
 
+def gather_into(out: torch.Tensor, source: torch.Tensor, index_R: torch.Tensor) -> None:
+    """out = source[index_R] in place. Not index_select: with up to 16 indices it reads at a third of the speed."""
+    torch.ops.aten.index.Tensor_out(source, [index_R], out=out)
+
+
 def experts(
     x_RD: torch.Tensor, expert_of_row_R: torch.Tensor, weights: Weights, workspace: Workspace
 ) -> torch.Tensor:
     """Every row through its own expert: (R, D) -> (R, D), a view of the workspace."""
     R = x_RD.shape[0]
     gate_up_weights_R2FD, gate_up_R2F1 = workspace.weights_R2FD[:R], workspace.gate_up_R2F1[:R]
-    torch.index_select(weights.gate_up_E2FD, 0, expert_of_row_R, out=gate_up_weights_R2FD)
+    gather_into(gate_up_weights_R2FD, weights.gate_up_E2FD, expert_of_row_R)
     torch.bmm(gate_up_weights_R2FD, x_RD[:, :, None], out=gate_up_R2F1)
     hidden_RF = silu_mul(gate_up_R2F1[:, :, 0], workspace.hidden_RF[:R])
     down_weights_RDF, y_RD1 = workspace.weights_RDF[:R], workspace.y_RD1[:R]
-    torch.index_select(weights.down_EDF, 0, expert_of_row_R, out=down_weights_RDF)
+    gather_into(down_weights_RDF, weights.down_EDF, expert_of_row_R)
     torch.bmm(down_weights_RDF, hidden_RF[:, :, None], out=y_RD1)
     return y_RD1[:, :, 0]
 

@@ -40,7 +40,7 @@ LEVEL = Level(
     name="grouped",
     adds="sort rows by expert, one grouped GEMM a projection, gather-and-sum",
     changes=(
-        "DEFAULT_BUDGET_BYTES", "Workspace", "silu_mul", "grouped_gemm_kernel", "Tile", "choose_tile",
+        "DEFAULT_BUDGET_BYTES", "Workspace", "silu_mul", "gather_into", "grouped_gemm_kernel", "Tile", "choose_tile",
         "grouped_gemm", "shared_memory_bytes", "dispatch", "experts", "combine", "build",
     ),
     requires=("triton",),

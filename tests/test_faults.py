@@ -43,7 +43,7 @@ FAULTS = (
     Fault("only the first chunk", 3, "x_TD.split(workspace.tokens), out_TD.split(workspace.tokens), strict=True",
           "x_TD.split(workspace.tokens)[:1], out_TD.split(workspace.tokens), strict=False"),
     Fault("down weights of the chunk before", 3,
-          "torch.index_select(weights.down_EDF, 0, expert_of_row_R, out=down_weights_RDF)", "pass"),
+          "gather_into(down_weights_RDF, weights.down_EDF, expert_of_row_R)", "pass"),
     Fault("offset off by one", 4, "row_start = tl.load(offsets_ptr + expert)",
           "row_start = tl.load(offsets_ptr + expert) + 1"),
     Fault("last row tile dropped", 4, "row_tiles = tl.cdiv(row_end - row_start, BLOCK_M)",
