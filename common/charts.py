@@ -73,7 +73,8 @@ def level_bars(ax: Axes, run: Run, value: Callable[[Row], float | None], label: 
             ax.text(0.03, position, absence(row), va="center", color="#555", transform=ax.get_yaxis_transform())
         else:
             ax.barh(position, length, 0.8, color=color(row), gid=f"level{row.number}")
-            ax.text(length, position, f" {label(row)}", va="center", fontsize=15)
+            ax.text(length, position, f" {label(row)}", va="center", fontsize=15, zorder=5,
+                    bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0})
     ax.grid(axis="x", alpha=0.3)
 
 

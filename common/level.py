@@ -11,6 +11,9 @@ from types import ModuleType
 
 import torch
 
+# Read when CUDA starts. Without it, one small tensor that lives inside a freed block of 100 GB keeps the
+# whole block, and a level that fits runs out of memory because of those before it.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, so level files import this module before triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -134,7 +134,7 @@ def _build_and_gate(subject: _Subject, workload: Workload, batches: list[torch.T
     except Unsupported as lack:
         row.status, row.reason = "unsupported", str(lack)
     except torch.OutOfMemoryError as error:
-        row.status, row.reason = "oom", str(error).split(". GPU")[0]
+        _record_oom(row, error)
     except Exception as error:  # a level that raises is red, its traceback shown; the others still run
         traceback.print_exc()
         row.status, row.reason = "failed", f"{type(error).__name__}: {error}"
@@ -142,6 +142,10 @@ def _build_and_gate(subject: _Subject, workload: Workload, batches: list[torch.T
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _record_oom(row: Row, error: torch.OutOfMemoryError) -> None:
+    row.status, row.reason = "oom", str(error).split(". GPU")[0]
 
 
 def _record_gate(row: Row, found: Gate) -> None:
@@ -153,18 +157,15 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
           reporter: Reporter) -> None:
     """Profile and time every ready subject; rows are filled in as rounds go by."""
     clock = WallClock(device)
-    calls = [lambda forward=subject.forward: forward(x_TD) for subject in ready]
-    for subject, call in zip(ready, calls, strict=True):
+    for subject in list(ready):
         reporter.stage(f"{subject.row.name}: warming and profiling")
-        milliseconds = clock(call)
-        if device.type == "cuda":
-            subject.row.host_syncs = count_host_syncs(call)
-            profiles = []
-            for _ in range(PROFILED_CALLS if milliseconds < 1e3 else 1):
-                clock(lambda: None)  # a cold L2 here too
-                profiles.append(profile_call(call))
-            subject.row.launches = profiles[-1].launches
-            subject.row.gpu_ms = Spread.of([profile.gpu_ms for profile in profiles])
+        try:
+            _warm_and_profile(subject, clock, x_TD)
+        except torch.OutOfMemoryError as error:  # it fitted alone, but not beside the buffers of the others
+            _record_oom(subject.row, error)
+            ready.remove(subject)
+        reporter.update(run)
+    calls = [lambda forward=subject.forward: forward(x_TD) for subject in ready]
     ceilings = Ceilings(x_TD.dtype, device) if device.type == "cuda" else None
     if ceilings:
         reporter.stage("warming the ceilings")
@@ -179,6 +180,22 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
         _derive(run)
         reporter.stage(f"round {i + 1} of {rounds}")
         reporter.update(run)
+
+
+def _warm_and_profile(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
+    def call() -> torch.Tensor:
+        return subject.forward(x_TD)
+
+    milliseconds = clock(call)
+    if not clock.on_gpu:
+        return
+    subject.row.host_syncs = count_host_syncs(call)
+    profiles = []
+    for _ in range(PROFILED_CALLS if milliseconds < 1e3 else 1):
+        clock(lambda: None)  # a cold L2 here too
+        profiles.append(profile_call(call))
+    subject.row.launches = profiles[-1].launches
+    subject.row.gpu_ms = Spread.of([profile.gpu_ms for profile in profiles])
 
 
 def _derive(run: Run) -> None:

@@ -58,8 +58,8 @@ SMALL_BUDGET = 33 * 2**20
 
 
 def build(loaded: Loaded, cfg: MoEConfig, weights: Weights):
-    """The level's forward; level 3 with a budget small enough that these shapes need several chunks."""
-    if hasattr(loaded.module, "DEFAULT_BUDGET_BYTES"):
+    """The level's forward; level 3 with a budget small enough that the shapes above need several chunks."""
+    if hasattr(loaded.module, "DEFAULT_BUDGET_BYTES") and cfg.D <= 64:
         return loaded.build(cfg, weights, budget_bytes=SMALL_BUDGET)
     return loaded.build(cfg, weights)
 

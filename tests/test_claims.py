@@ -33,7 +33,7 @@ class CountOperations(TorchDispatchMode):
 
 def operations(loaded, E: int, T: int = 40) -> Counter[str]:
     cfg = MoEConfig("case", D=32, F=16, E=E, K=2)
-    weights = make_weights(cfg, torch.float32, "cpu")
+    weights = make_weights(cfg, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     x_TD = make_inputs(Workload(cfg, T, torch.float32), weights)
     forward = build(loaded, cfg, weights)
     launchers = [name for name in ("silu_mul", "grouped_gemm") if hasattr(loaded.module, name)]
