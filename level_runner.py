@@ -19,6 +19,7 @@ import torch
 
 from common.cli import add_workload_arguments, parse_workloads
 from common.level import Loaded, discover
+from common.peers import PEERS
 from common.references import REFERENCES
 from common.results import load, save
 from common.run import Interrupted, run_workload
@@ -40,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--levels", metavar="0-4,6", help="only these levels")
     what.add_argument("--list", action="store_true", help="list the levels and stop")
     what.add_argument("--quick", action="store_true", help="3 rounds, no reference rows, the smallest token count")
+    what.add_argument("--peers", action="store_true",
+                      help="also other libraries' layers, in the same run, where they are installed")
     what.add_argument("--profile", type=int, metavar="N",
                       help="profile level N: trace file and heaviest kernels, no timing")
     add_workload_arguments(parser)
@@ -133,7 +136,7 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
         return profile_level(loaded, workload, device, out, screen)
     chosen = choose_levels(args.levels, levels)
     workloads = parse_workloads(args, device)
-    references = REFERENCES
+    references = REFERENCES + (PEERS if args.peers else ())
     if args.quick:
         workloads, references, args.rounds = workloads[:1], (), min(args.rounds, 3)
     prepare_folder(out)

@@ -26,6 +26,8 @@ class Reference:
     build: Callable[[Workload, Weights], Forward]
     is_layer: bool = True
 
+    kind = "reference"
+
 
 def build_bmm(workload: Workload, weights: Weights) -> Forward:
     """The bound: the two projections as bare cuBLAS bmm on equal groups. No routing, gather, activation

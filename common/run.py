@@ -18,6 +18,7 @@ from common.measure import (
     gate, interleave, profile_call,
 )
 from common.model import Oracle, Weights, make_inputs, make_weights, oracle
+from common.peers import NotInstalled, Peer
 from common.references import BOUND, Reference
 from common.results import Row, Run, new_run
 
@@ -53,8 +54,8 @@ class _Subject:
     interpreted: bool = False
 
 
-def run_workload(workload: Workload, levels: Sequence[Loaded], references: Sequence[Reference], device: torch.device,
-                 rounds: int, reporter: Reporter) -> Run:
+def run_workload(workload: Workload, levels: Sequence[Loaded], references: Sequence[Reference | Peer],
+                 device: torch.device, rounds: int, reporter: Reporter) -> Run:
     """Measure `levels` and `references` on `workload`, all with the same weights and inputs.
 
     Raises Interrupted on Ctrl-C, with what was measured; ValueError if an input is not finite.
@@ -98,8 +99,8 @@ def _level_subject(loaded: Loaded, workload: Workload, weights: Weights, device:
     return _Subject(row, build, is_layer=True, interpreted=level.interpreted(device))
 
 
-def _reference_subject(reference: Reference, workload: Workload, weights: Weights) -> _Subject:
-    row = Row("reference", None, reference.name, reference.adds, "unsupported")
+def _reference_subject(reference: Reference | Peer, workload: Workload, weights: Weights) -> _Subject:
+    row = Row(reference.kind, None, reference.name, reference.adds, "unsupported")
     return _Subject(row, lambda: reference.build(workload, weights), reference.is_layer)
 
 
@@ -131,6 +132,8 @@ def _build_and_gate(subject: _Subject, workload: Workload, batches: list[torch.T
             subject.forward = forward
             if subject.interpreted:
                 row.status, row.reason = "interpreted", "Triton's interpreter: right, but its time means nothing"
+    except NotInstalled as lack:
+        row.status, row.reason = "not installed", str(lack)
     except Unsupported as lack:
         row.status, row.reason = "unsupported", str(lack)
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,230 @@
+"""Other libraries' MoE layers, built as their own users would build them: `level_runner.py --peers`.
+
+Every peer gets the run's weights and inputs, does its own routing, and passes the same gate before it
+is timed. A library that cannot be imported is a row that says how to get it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from common.config import Workload
+from common.level import Unsupported
+from common.measure import Forward
+from common.model import Weights
+
+
+class NotInstalled(RuntimeError):
+    """A peer's library cannot be imported; the message says how to get it."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library: the module that must import, where it comes from, and its layer as a forward."""
+
+    name: str
+    module: str
+    how_to_get_it: str
+    connect: Callable[[Workload, Weights], Forward]
+
+    kind = "peer"
+    is_layer = True
+
+    @property
+    def adds(self) -> str:
+        return self.module
+
+    def build(self, workload: Workload, weights: Weights) -> Forward:
+        """The layer. Raises NotInstalled, or Unsupported where the library lacks something."""
+        try:
+            importlib.import_module(self.module)
+        except ImportError as error:
+            raise NotInstalled(f"{self.how_to_get_it} ({type(error).__name__}: {error})") from error
+        if weights.device.type != "cuda":
+            raise Unsupported("needs CUDA")
+        return self.connect(workload, weights)
+
+
+def needs_renormalized_softmax(workload: Workload, library: str) -> None:
+    """Raise Unsupported if the router is not the only one that `library` has."""
+    if not workload.config.renormalize:
+        raise Unsupported(f"{library}'s router has no softmax over all experts without renormalising")
+
+
+def interleaved(weights: Weights) -> torch.Tensor:
+    """gate_up (E, 2F, D) with gate and up rows in turn, as some libraries want them."""
+    return weights.gate_up_E2FD.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+# ---- triton_kernels (OpenAI) ---------------------------------------------------------------------
+
+def connect_triton_kernels(workload: Workload, weights: Weights) -> Forward:
+    """routing() on its own logits, two matmul_ogs: gather and SwiGLU fused into the first, scores into the
+    second. Its activation takes gate and up in alternating rows, so gate_up is repacked once."""
+    from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, matmul_ogs
+    from triton_kernels.routing import routing
+
+    from common.peers_triton import silu_mul
+
+    cfg = workload.config
+    gate_up_ED2F, down_EFD = interleaved(weights).transpose(1, 2), weights.down_EDF.transpose(1, 2)
+    activation = FusedActivation(FnSpecs("silu_mul", silu_mul, ()), (), 2)
+
+    def forward(x_TD: torch.Tensor) -> torch.Tensor:
+        logits_TE = torch.mm(x_TD, weights.router_ED.T, out_dtype=torch.float32)
+        # Its softmax is over the chosen, or over all without renormalising: sm_first.
+        routed, gather, scatter = routing(logits_TE, cfg.K, sm_first=not cfg.renormalize)
+        hidden_RF = matmul_ogs(x_TD, gate_up_ED2F, None, routed, gather_indx=gather, fused_activation=activation)
+        return matmul_ogs(hidden_RF, down_EFD, None, routed, scatter_indx=scatter, gammas=routed.gate_scal)
+
+    return forward
+
+
+# ---- transformers experts backends ---------------------------------------------------------------
+
+def connect_transformers(workload: Workload, weights: Weights, implementation: str) -> Forward:
+    """The sparse block of Qwen3-MoE with this run's weights, under one of its experts backends."""
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    cfg = workload.config
+    config = Qwen3MoeConfig(hidden_size=cfg.D, moe_intermediate_size=cfg.F, num_experts=cfg.E,
+                            num_experts_per_tok=cfg.K, norm_topk_prob=cfg.renormalize)
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(config)
+    state = {"gate.weight": weights.router_ED, "experts.gate_up_proj": weights.gate_up_E2FD,
+             "experts.down_proj": weights.down_EDF}
+    block.load_state_dict(state, assign=True, strict=True)
+    block.eval()
+
+    def forward(x_TD: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            out = block(x_TD[None])
+        return (out[0] if isinstance(out, tuple) else out).view(x_TD.shape)
+
+    return forward
+
+
+def _transformers(implementation: str) -> Peer:
+    return Peer(f"transformers {implementation}", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+                "pip install 'transformers>=5'",
+                lambda workload, weights: connect_transformers(workload, weights, implementation))
+
+
+# ---- vLLM, ScatterMoE, SonicMoE, DeepGEMM -------------------------------------------------------
+
+def connect_vllm(workload: Workload, weights: Weights) -> Forward:
+    """fused_topk and fused_experts, the Triton path of vLLM's FusedMoE, with its tuned configurations."""
+    from vllm.model_executor.layers.fused_moe import fused_experts
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
+
+    cfg = workload.config
+
+    def forward(x_TD: torch.Tensor) -> torch.Tensor:
+        logits_TE = torch.mm(x_TD, weights.router_ED.T, out_dtype=torch.float32)
+        scores_TK, ids_TK, *_ = fused_topk(x_TD, logits_TE, cfg.K, renormalize=cfg.renormalize)
+        return fused_experts(x_TD, weights.gate_up_E2FD, weights.down_EDF, scores_TK, ids_TK)
+
+    return forward
+
+
+def connect_scattermoe(workload: Workload, weights: Weights) -> Forward:
+    """flatten_sort_count and two scattered-to-scattered GEMMs with eager activation, as its GLU MLP does."""
+    from scattermoe.kernels import ops
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+    needs_renormalized_softmax(workload, "ScatterMoE's example")
+    cfg = workload.config
+    gate_up_ED2F, down_EFD = weights.gate_up_E2FD.transpose(1, 2), weights.down_EDF.transpose(1, 2)
+    assert ops is not None
+
+    def forward(x_TD: torch.Tensor) -> torch.Tensor:
+        logits_TE = torch.mm(x_TD, weights.router_ED.T, out_dtype=torch.float32)
+        top_TK, ids_TK = logits_TE.topk(cfg.K, dim=1)
+        scores_TK = top_TK.softmax(dim=1).to(x_TD.dtype)
+        sorted_R, order_R, ends_E = flatten_sort_count(ids_TK, num_experts=cfg.E)
+        both = parallel_linear(x_TD, gate_up_ED2F, cfg.K, sorted_R, order_R, ends_E, grouped_out=True)
+        gate, up = both.chunk(2, dim=1)
+        hidden = torch.nn.functional.silu(gate) * up
+        return parallel_linear(hidden, down_EFD, 1, sorted_R, order_R, ends_E, grouped_in=True, gates=scores_TK)
+
+    return forward
+
+
+def connect_sonicmoe(workload: Workload, weights: Weights) -> Forward:
+    """Its MoE module with the fused kernels. It takes gate and up in alternating rows, D and F in multiples of 64."""
+    from sonicmoe import KernelBackendMoE, MoE
+    from sonicmoe.enums import ActivationType
+
+    needs_renormalized_softmax(workload, "SonicMoE")
+    cfg = workload.config
+    if cfg.D % 64 or cfg.F % 64 or cfg.D < 512:
+        raise Unsupported("needs D and F in multiples of 64 and D of at least 512")
+    module = MoE(num_experts=cfg.E, num_experts_per_tok=cfg.K, hidden_size=cfg.D, intermediate_size=cfg.F,
+                 activation_function=ActivationType.SWIGLU, add_bias=False, std=0.02)
+    module = module.to(device=weights.device, dtype=workload.dtype)
+    with torch.no_grad():
+        module.router.weight.copy_(weights.router_ED)
+        module.c_fc.weight.copy_(interleaved(weights))
+        module.c_proj.weight.copy_(weights.down_EDF)
+
+    def forward(x_TD: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            out, *_ = module(x_TD, kernel_backend_moe=KernelBackendMoE.sonicmoe, is_inference_mode=True)
+        return out
+
+    return forward
+
+
+def connect_deepgemm(workload: Workload, weights: Weights) -> Forward:
+    """Its contiguous grouped bf16 GEMM on rows padded to 128 an expert, eager PyTorch around it."""
+    from deep_gemm import get_mk_alignment_for_contiguous_layout, m_grouped_bf16_gemm_nt_contiguous
+
+    cfg = workload.config
+    align = get_mk_alignment_for_contiguous_layout()
+
+    def forward(x_TD: torch.Tensor) -> torch.Tensor:
+        logits_TE = torch.mm(x_TD, weights.router_ED.T, out_dtype=torch.float32)
+        scores_TK, ids_TK = logits_TE.softmax(dim=1).topk(cfg.K, dim=1)
+        if cfg.renormalize:
+            scores_TK = scores_TK / scores_TK.sum(dim=1, keepdim=True)
+        sorted_R, order_R = ids_TK.flatten().sort(stable=True)
+        counts_E = torch.searchsorted(sorted_R, torch.arange(cfg.E + 1, device=x_TD.device)).diff()
+        padded_E = (counts_E + align - 1) // align * align
+        shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
+        row_R = torch.arange(sorted_R.numel(), device=x_TD.device) + shift_E[sorted_R]
+        most = (sorted_R.numel() + cfg.E * (align - 1) + align - 1) // align * align
+        expert_P = torch.full((most,), -1, dtype=torch.int32, device=x_TD.device)
+        expert_P[row_R] = sorted_R.int()
+        x_PD = x_TD.new_zeros(most, cfg.D)
+        x_PD[row_R] = x_TD[order_R // cfg.K]
+        both = x_TD.new_empty(most, 2 * cfg.F)
+        m_grouped_bf16_gemm_nt_contiguous(x_PD, weights.gate_up_E2FD, both, expert_P)
+        gate, up = both.chunk(2, dim=1)
+        y_PD = x_TD.new_empty(most, cfg.D)
+        hidden = (torch.nn.functional.silu(gate) * up).contiguous()
+        m_grouped_bf16_gemm_nt_contiguous(hidden, weights.down_EDF, y_PD, expert_P)
+        row_of_slot_R = torch.empty_like(row_R).scatter_(0, order_R, row_R)
+        y_TKD = y_PD[row_of_slot_R].unflatten(0, (x_TD.shape[0], cfg.K))
+        return (y_TKD * scores_TK[:, :, None]).sum(dim=1).to(x_TD.dtype)
+
+    return forward
+
+
+PEERS = (
+    Peer("triton_kernels", "triton_kernels.matmul_ogs",
+         "put vllm/third_party of a vllm 0.33 wheel on PYTHONPATH, or install it from triton's repository",
+         connect_triton_kernels),
+    _transformers("grouped_mm"),
+    _transformers("batched_mm"),
+    _transformers("eager"),
+    Peer("vLLM fused_moe", "vllm.model_executor.layers.fused_moe", "pip install vllm", connect_vllm),
+    Peer("ScatterMoE", "scattermoe", "install from github.com/shawntan/scattermoe", connect_scattermoe),
+    Peer("SonicMoE", "sonicmoe", "pip install sonic-moe (needs CUDA 12.9, Python 3.12)", connect_sonicmoe),
+    Peer("DeepGEMM", "deep_gemm", "install from github.com/deepseek-ai/DeepGEMM", connect_deepgemm),
+)
