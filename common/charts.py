@@ -58,7 +58,7 @@ def level_bars(ax: Axes, run: Run, value: Callable[[Row], float | None], label: 
     """One bar a level of `run`, level 0 on top; a level without a value says why where its bar would be."""
     ax.set_yticks(range(len(run.levels)), [f"{row.number} {row.name}" for row in run.levels])
     ax.set_ylim(len(run.levels) - 0.4, -0.6)
-    known = [value(row) for row in run.levels if value(row) is not None]
+    known = [value(row) for row in run.levels if value(row)]  # a peak of 0 has no place on a log axis
     least, most = (min(known), max(known)) if known else (1.0, 1.0)
     if log:
         ax.set_xscale("log")

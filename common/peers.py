@@ -14,7 +14,7 @@ import torch
 
 from common.config import Workload
 from common.level import Unsupported
-from common.measure import Forward
+from common.measure import TIE_MARGIN, Forward
 from common.model import Weights
 
 
@@ -24,12 +24,14 @@ class NotInstalled(RuntimeError):
 
 @dataclass(frozen=True)
 class Peer:
-    """A library: the module that must import, where it comes from, and its layer as a forward."""
+    """A library: the module that must import, where it comes from, and its layer as a forward. Tokens whose
+    last chosen and first unchosen logit are closer than `tie_margin` are not held to the oracle's choice."""
 
     name: str
     module: str
     how_to_get_it: str
     connect: Callable[[Workload, Weights], Forward]
+    tie_margin: float = TIE_MARGIN
 
     kind = "peer"
     is_layer = True
@@ -113,7 +115,8 @@ def connect_transformers(workload: Workload, weights: Weights, implementation: s
 def _transformers(implementation: str) -> Peer:
     return Peer(f"transformers {implementation}", "transformers.models.qwen3_moe.modeling_qwen3_moe",
                 "pip install 'transformers>=5'",
-                lambda workload, weights: connect_transformers(workload, weights, implementation))
+                lambda workload, weights: connect_transformers(workload, weights, implementation),
+                tie_margin=0.05)  # its logits are bfloat16: 2**-8 of logits up to about 4, twice
 
 
 # ---- vLLM, ScatterMoE, SonicMoE, DeepGEMM -------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.nn.functional import grouped_mm, silu
 
 from common.config import MoEConfig, Workload
 from common.level import Unsupported
-from common.measure import Forward
+from common.measure import TIE_MARGIN, Forward
 from common.model import Weights
 
 BOUND = "cuBLAS bmm"
@@ -27,6 +27,7 @@ class Reference:
     is_layer: bool = True
 
     kind = "reference"
+    tie_margin = TIE_MARGIN
 
 
 def build_bmm(workload: Workload, weights: Weights) -> Forward:
