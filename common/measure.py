@@ -219,7 +219,7 @@ def count_host_syncs(call: Callable[[], object]) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 class PeakMemory:
