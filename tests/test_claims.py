@@ -204,6 +204,7 @@ def test_a_replay_refuses_other_dtypes_and_widths(real):
 @pytest.mark.gpu
 def test_level6_compiles_once_a_token_count(real):
     weights, _ = real
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     forward = LEVELS[6].build(REAL, weights)
     for seed in range(4):
