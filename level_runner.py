@@ -19,9 +19,10 @@ import torch
 
 from common.cli import add_workload_arguments, parse_workloads
 from common.level import Loaded, discover
+from common.measure import environment
 from common.peers import PEERS
 from common.references import REFERENCES
-from common.results import load, save
+from common.results import load, results_path, save
 from common.run import Interrupted, run_workload
 from common.show import Screen, error_exit, run_table
 
@@ -140,6 +141,9 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
     if args.quick:
         workloads, references, args.rounds = workloads[:1], (), min(args.rounds, 3)
     prepare_folder(out)
+    earlier = results_path(out, environment(device), workloads[0].config.name)
+    if earlier.exists():
+        load(earlier)  # a file that cannot take new runs is an error now, not after the measuring
     runs, interrupted = [], False
     for workload in workloads:
         try:

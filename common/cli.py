@@ -9,7 +9,7 @@ import torch
 from common.config import DEFAULT_TOKENS, DTYPES, PRESETS, ROUTING_MODES, Workload, parse_dtype, parse_shape, preset
 from common.level import Level, check_device_dtype, discover
 from common.run import Interrupted, run_workload
-from common.show import Screen, error_exit, run_table
+from common.show import Screen, error_exit, gate_line, run_table
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,5 +76,6 @@ def run_alone(level: Level) -> int:
                 screen.print(run_table(stop.run))
                 return 130
             screen.print(run_table(run))
+            screen.print(gate_line(run.rows[-1]))
             failed |= any(row.status == "failed" for row in run.rows)
     return 1 if failed else 0

@@ -134,16 +134,15 @@ def gpu_slug(environment: dict[str, object]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
-def results_path(folder: Path, run: Run) -> Path:
-    """Where `run` belongs in `folder`. A partial run has a file of its own: it must not replace a whole one."""
-    partial = "_partial" if run.partial else ""
-    return folder / f"{gpu_slug(run.environment)}_{run.preset}{partial}.json"
+def results_path(folder: Path, environment: dict[str, object], preset: str, partial: bool = False) -> Path:
+    """Where a run belongs in `folder`. A partial run has a file of its own: it must not replace a whole one."""
+    return folder / f"{gpu_slug(environment)}_{preset}{'_partial' if partial else ''}.json"
 
 
 def save(folder: Path, run: Run) -> Path:
     """Write `run` into its file in `folder`, in place of an earlier run of the same workload; other runs
     stay. The file is replaced whole or not at all. Raises ValueError if the file there has another schema."""
-    path = results_path(folder, run)
+    path = results_path(folder, run.environment, run.preset, run.partial)
     runs = load(path) if path.exists() else []
     runs = sorted([old for old in runs if old.key != run.key] + [run], key=lambda one: one.shape["T"])
     text = json.dumps({"schema": SCHEMA, "runs": [dataclasses.asdict(one) for one in runs]}, indent=1)

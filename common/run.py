@@ -6,7 +6,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -60,17 +60,23 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
                  device: torch.device, rounds: int, reporter: Reporter) -> Run:
     """Measure `levels` and `references` on `workload`, all with the same weights and inputs.
 
-    Raises Interrupted on Ctrl-C, with what was measured; ValueError if an input is not finite.
+    Raises Interrupted on Ctrl-C, with what was measured; ValueError if an input is not finite, or if weights,
+    inputs and oracle do not fit the GPU.
     """
     cfg = workload.config
-    reporter.stage("drawing weights and inputs")
-    weights = make_weights(cfg, workload.dtype, device, workload.seed)
-    batches = [make_inputs(Workload(cfg, workload.T, workload.dtype, workload.routing, seed), weights)
-               for seed in (workload.seed, workload.seed + 1000)]
-    for x_TD in batches:
-        check_finite(x_TD, weights)
-    reporter.stage("computing the float64 oracle")
-    expected = [oracle(cfg, weights, x_TD) for x_TD in batches]
+    try:
+        reporter.stage("drawing weights and inputs")
+        weights = make_weights(cfg, workload.dtype, device, workload.seed)
+        batches = [make_inputs(replace(workload, seed=seed), weights)
+                   for seed in (workload.seed, workload.seed + 1000)]
+        for x_TD in batches:
+            check_finite(x_TD, weights)
+        reporter.stage("computing the float64 oracle")
+        expected = [oracle(cfg, weights, x_TD) for x_TD in batches]
+    except torch.OutOfMemoryError as error:
+        weights_gib = 3 * cfg.E * cfg.F * cfg.D * workload.dtype.itemsize / 2**30
+        raise ValueError(f"{cfg.name} at {workload.T} tokens does not fit this GPU: its weights alone are "
+                         f"{weights_gib:.1f} GiB, and the float64 oracle needs room beside them") from error
     active_experts = int((expected[0].rows_E > 0).sum())
     run = new_run(workload, rounds, environment(device), active_experts,
                   flops(workload), least_bytes(workload, active_experts))

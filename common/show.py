@@ -47,6 +47,15 @@ def status_text(row: Row) -> str:
     return {"oom": "out of memory", "failed": "FAILED"}.get(row.status, row.status)
 
 
+def gate_line(row: Row) -> str:
+    """One line on what the gate said of a level."""
+    if row.rel_err is None:
+        return f"gate: not reached, {status_text(row)}"
+    verdict = "FAILED" if row.status == "failed" else "passed"
+    return (f"gate: {verdict}, relative error {row.rel_err:.1e} (bound {row.error_bound:.1e}), "
+            f"worst token {row.worst_row_err:.1e}")
+
+
 def title(run: Run) -> str:
     """One line that says what was run."""
     shape = " ".join(f"{letter}={size}" for letter, size in run.shape.items())

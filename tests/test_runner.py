@@ -182,6 +182,16 @@ def test_nan_in_the_input_is_found_and_named(tmp_path, monkeypatch, capsys):
     assert "x_TD holds 1 NaN or infinite values" in capsys.readouterr().err
 
 
+def test_a_preset_too_large_for_the_gpu_is_an_error_in_words(tmp_path, monkeypatch, capsys):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(common.run, "make_weights", too_large)
+    status, _ = run(tmp_path, levels=[GOOD])
+    assert status == 2
+    assert "tiny at 64 tokens does not fit this GPU" in capsys.readouterr().err
+
+
 def test_nan_in_a_weight_is_found_and_named(tmp_path, monkeypatch, capsys):
     def poisoned(*arguments):
         weights = make_weights(*arguments)
@@ -194,13 +204,14 @@ def test_nan_in_a_weight_is_found_and_named(tmp_path, monkeypatch, capsys):
     assert "down_EDF holds 1 NaN or infinite values" in capsys.readouterr().err
 
 
-def test_results_of_another_schema_are_refused_before_they_are_lost(tmp_path, capsys):
+def test_results_of_another_schema_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
     run(tmp_path, levels=[GOOD])
     (path,) = tmp_path.glob("*_tiny.json")
     old = json.dumps({**json.loads(path.read_text()), "schema": 0})
     path.write_text(old)
     assert level_runner.main(["--plot", str(path), "--out", str(tmp_path)]) == 2
     assert "has results schema 0, this version reads 1" in capsys.readouterr().err
+    monkeypatch.setattr(level_runner, "run_workload", lambda *_: pytest.fail("work started"))
     assert run_status(tmp_path) == 2
     assert path.read_text() == old
 
