@@ -137,9 +137,10 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
         return profile_level(loaded, workload, device, out, screen)
     chosen = choose_levels(args.levels, levels)
     workloads = parse_workloads(args, device)
-    references = REFERENCES + (PEERS if args.peers else ())
+    peers = PEERS if args.peers else ()
+    references = (*REFERENCES, *peers)
     if args.quick:
-        workloads, references, args.rounds = workloads[:1], (), min(args.rounds, 3)
+        workloads, references, args.rounds = workloads[:1], peers, min(args.rounds, 3)
     prepare_folder(out)
     earlier = results_path(out, environment(device), workloads[0].config.name)
     if earlier.exists():

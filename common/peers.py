@@ -18,6 +18,10 @@ from common.measure import TIE_MARGIN, Forward
 from common.model import Weights
 
 
+# Libraries that round their logits to bfloat16 are off by up to 2**-8 of logits up to about 4, twice.
+ROUNDED_LOGITS = 0.05
+
+
 class NotInstalled(RuntimeError):
     """A peer's library cannot be imported; the message says how to get it."""
 
@@ -51,10 +55,14 @@ class Peer:
         return self.connect(workload, weights)
 
 
-def needs_renormalized_softmax(workload: Workload, library: str) -> None:
-    """Raise Unsupported if the router is not the only one that `library` has."""
-    if not workload.config.renormalize:
-        raise Unsupported(f"{library}'s router has no softmax over all experts without renormalising")
+def eager_router(x_TD: torch.Tensor, weights: Weights, workload: Workload) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores_TK float32 and expert_ids_TK for libraries that leave the router to their caller."""
+    cfg = workload.config
+    logits_TE = torch.mm(x_TD, weights.router_ED.T, out_dtype=torch.float32)
+    scores_TK, expert_ids_TK = logits_TE.softmax(dim=1).topk(cfg.K, dim=1)
+    if cfg.renormalize or cfg.scoring == "topk_softmax":
+        scores_TK = scores_TK / scores_TK.sum(dim=1, keepdim=True)
+    return scores_TK, expert_ids_TK
 
 
 def interleaved(weights: Weights) -> torch.Tensor:
@@ -116,7 +124,7 @@ def _transformers(implementation: str) -> Peer:
     return Peer(f"transformers {implementation}", "transformers.models.qwen3_moe.modeling_qwen3_moe",
                 "pip install 'transformers>=5'",
                 lambda workload, weights: connect_transformers(workload, weights, implementation),
-                tie_margin=0.05)  # its logits are bfloat16: 2**-8 of logits up to about 4, twice
+                tie_margin=ROUNDED_LOGITS)
 
 
 # ---- vLLM, ScatterMoE, SonicMoE, DeepGEMM -------------------------------------------------------
@@ -138,18 +146,14 @@ def connect_vllm(workload: Workload, weights: Weights) -> Forward:
 
 def connect_scattermoe(workload: Workload, weights: Weights) -> Forward:
     """flatten_sort_count and two scattered-to-scattered GEMMs with eager activation, as its GLU MLP does."""
-    from scattermoe.kernels import ops
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
-    needs_renormalized_softmax(workload, "ScatterMoE's example")
     cfg = workload.config
     gate_up_ED2F, down_EFD = weights.gate_up_E2FD.transpose(1, 2), weights.down_EDF.transpose(1, 2)
-    assert ops is not None
 
     def forward(x_TD: torch.Tensor) -> torch.Tensor:
-        logits_TE = torch.mm(x_TD, weights.router_ED.T, out_dtype=torch.float32)
-        top_TK, ids_TK = logits_TE.topk(cfg.K, dim=1)
-        scores_TK = top_TK.softmax(dim=1).to(x_TD.dtype)
+        scores_TK, ids_TK = eager_router(x_TD, weights, workload)
+        scores_TK = scores_TK.to(x_TD.dtype)
         sorted_R, order_R, ends_E = flatten_sort_count(ids_TK, num_experts=cfg.E)
         both = parallel_linear(x_TD, gate_up_ED2F, cfg.K, sorted_R, order_R, ends_E, grouped_out=True)
         gate, up = both.chunk(2, dim=1)
@@ -160,26 +164,26 @@ def connect_scattermoe(workload: Workload, weights: Weights) -> Forward:
 
 
 def connect_sonicmoe(workload: Workload, weights: Weights) -> Forward:
-    """Its MoE module with the fused kernels. It takes gate and up in alternating rows, D and F in multiples of 64."""
-    from sonicmoe import KernelBackendMoE, MoE
+    """The function under its MoE module, router included, without the auxiliary loss that the module adds.
+
+    It takes gate and up in alternating rows, and softmax over the chosen experts.
+    """
+    from sonicmoe import moe_TC_softmax_topk_layer
     from sonicmoe.enums import ActivationType
 
-    needs_renormalized_softmax(workload, "SonicMoE")
     cfg = workload.config
+    if not cfg.renormalize:
+        raise Unsupported("its router always renormalises")
     if cfg.D % 64 or cfg.F % 64 or cfg.D < 512:
         raise Unsupported("needs D and F in multiples of 64 and D of at least 512")
-    module = MoE(num_experts=cfg.E, num_experts_per_tok=cfg.K, hidden_size=cfg.D, intermediate_size=cfg.F,
-                 activation_function=ActivationType.SWIGLU, add_bias=False, std=0.02)
-    module = module.to(device=weights.device, dtype=workload.dtype)
-    with torch.no_grad():
-        module.router.weight.copy_(weights.router_ED)
-        module.c_fc.weight.copy_(interleaved(weights))
-        module.c_proj.weight.copy_(weights.down_EDF)
+    gate_up_2FDE = interleaved(weights).permute(1, 2, 0)
+    down_DFE = weights.down_EDF.permute(1, 2, 0)
 
     def forward(x_TD: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            out, *_ = module(x_TD, kernel_backend_moe=KernelBackendMoE.sonicmoe, is_inference_mode=True)
-        return out
+        stream = torch.cuda.current_stream().cuda_stream
+        out_TD, *_ = moe_TC_softmax_topk_layer(x_TD, weights.router_ED, gate_up_2FDE, None, down_DFE, None, cfg.K,
+                                               stream, ActivationType.SWIGLU, True)
+        return out_TD
 
     return forward
 
@@ -192,10 +196,7 @@ def connect_deepgemm(workload: Workload, weights: Weights) -> Forward:
     align = get_mk_alignment_for_contiguous_layout()
 
     def forward(x_TD: torch.Tensor) -> torch.Tensor:
-        logits_TE = torch.mm(x_TD, weights.router_ED.T, out_dtype=torch.float32)
-        scores_TK, ids_TK = logits_TE.softmax(dim=1).topk(cfg.K, dim=1)
-        if cfg.renormalize:
-            scores_TK = scores_TK / scores_TK.sum(dim=1, keepdim=True)
+        scores_TK, ids_TK = eager_router(x_TD, weights, workload)
         sorted_R, order_R = ids_TK.flatten().sort(stable=True)
         counts_E = torch.searchsorted(sorted_R, torch.arange(cfg.E + 1, device=x_TD.device)).diff()
         padded_E = (counts_E + align - 1) // align * align
@@ -228,6 +229,7 @@ PEERS = (
     _transformers("eager"),
     Peer("vLLM fused_moe", "vllm.model_executor.layers.fused_moe", "pip install vllm", connect_vllm),
     Peer("ScatterMoE", "scattermoe", "install from github.com/shawntan/scattermoe", connect_scattermoe),
-    Peer("SonicMoE", "sonicmoe", "pip install sonic-moe (needs CUDA 12.9, Python 3.12)", connect_sonicmoe),
+    Peer("SonicMoE", "sonicmoe", "install from github.com/Dao-AILab/sonic-moe (CUDA 12.9, Python 3.12)",
+         connect_sonicmoe, tie_margin=ROUNDED_LOGITS),
     Peer("DeepGEMM", "deep_gemm", "install from github.com/deepseek-ai/DeepGEMM", connect_deepgemm),
 )

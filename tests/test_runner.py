@@ -13,8 +13,9 @@ import common.run
 import level_runner
 from common.config import MoEConfig, Workload, preset
 from common.level import Level, Loaded, discover
-from common.measure import Ceilings, Spread, WallClock, interleave
-from common.model import make_inputs, make_weights
+from common.measure import Ceilings, Spread, WallClock, gate, interleave
+from common.model import make_inputs, make_weights, oracle
+from common.peers import Peer
 from common.results import load
 from common.run import Interrupted, run_workload
 from common.show import Screen
@@ -240,6 +241,46 @@ def test_quick_is_one_small_run_without_references(tmp_path):
     _, (recorded,) = run(tmp_path, "--quick", "--tokens", "16,8", levels=[GOOD])
     assert recorded.shape["T"] == 16
     assert [row.kind for row in recorded.rows] == ["level"]
+
+
+def test_a_peer_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
+    peer = Peer("ghost", "no_such_library", "pip install ghost", lambda *_: pytest.fail("built without its library"))
+    monkeypatch.setattr(level_runner, "PEERS", (peer,))
+    status, (recorded,) = run(tmp_path, "--quick", "--peers", levels=[GOOD])
+    row = recorded.row("ghost")
+    assert status == 0
+    assert (row.kind, row.status) == ("peer", "not installed")
+    assert row.reason.startswith("pip install ghost (ModuleNotFoundError")
+
+
+def test_a_peer_is_gated_like_a_level(tmp_path, monkeypatch):
+    def connect(workload, weights):
+        forward = discover()[1].build(workload.config, weights)
+        return lambda x_TD: forward(x_TD) * 1.1
+
+    monkeypatch.setattr(level_runner, "PEERS", (Peer("wrong", "torch", "pip install torch", connect),))
+    monkeypatch.setattr(Peer, "build", lambda self, workload, weights: self.connect(workload, weights))
+    status, (recorded,) = run(tmp_path, "--quick", "--peers", levels=[GOOD])
+    assert status == 1
+    assert recorded.row("wrong").status == "failed"
+    assert recorded.row("wrong").wall_ms is None
+
+
+def test_a_wider_tie_margin_forgives_only_ties():
+    cfg = preset("tiny")
+    weights = make_weights(cfg, torch.float32, DEVICE)
+    workload = Workload(cfg, 400, torch.float32)
+    x_TD = make_inputs(workload, weights)
+    expected = oracle(cfg, weights, x_TD)
+    out_TD = expected.out_TD.float()
+    close = int(expected.margin_T.argmin())
+    clear = int(expected.margin_T.argmax())
+    out_TD[close] *= 2
+    assert expected.margin_T[close] < 0.05
+    assert not gate(out_TD, expected, workload).ok
+    assert gate(out_TD, expected, workload, tie_margin=0.05).ok
+    out_TD[clear] *= 2
+    assert not gate(out_TD, expected, workload, tie_margin=0.05).ok
 
 
 # ---- the rounds ----------------------------------------------------------------------------------
