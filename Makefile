@@ -25,7 +25,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 	touch $@
 
 run: $(READY)    ## the main job: run, gate, time and chart every level (ARGS="--tokens 64" ...)
-	$(PY) level_runner.py --all $(ARGS)
+	$(PY) level_runner.py $(ARGS)
 
 test: $(READY)   ## every test that this machine can run
 	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)
@@ -38,6 +38,8 @@ lint: $(READY)   ## style and errors that need no run
 	$(PY) -m ruff check .
 
 diff:            ## what level N adds to the level below: make diff N=4
+	@ls labs/level$$(($(N) - 1))_*.py labs/level$(N)_*.py > /dev/null 2>&1 || \
+		{ echo "N=$(N): no such level, or none below it"; exit 2; }
 	@git --no-pager diff --no-index --stat --patch labs/level$$(($(N) - 1))_*.py labs/level$(N)_*.py || true
 
 plots: $(READY)  ## draw all charts and README tables again from plots/*.json

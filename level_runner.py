@@ -62,12 +62,14 @@ def choose_levels(text: str | None, levels: Sequence[Loaded]) -> list[Loaded]:
     known = {loaded.level.number: loaded for loaded in levels}
     chosen: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
             raise ValueError(f"--levels {text}: {part!r} is neither a number nor a range such as 0-4")
-        chosen.update(range(int(first), int(last or first) + 1))
+        if dash and int(last) < int(first):
+            raise ValueError(f"--levels {text}: {part!r} runs backwards, did you mean {last}-{first}?")
+        chosen.update(range(int(first), int(last if dash else first) + 1))
     unknown = sorted(chosen - set(known))
-    if unknown or not chosen:
+    if unknown:
         raise ValueError(f"--levels {text}: no level {', '.join(map(str, unknown))}; there are "
                          f"{', '.join(map(str, known))}")
     return [known[number] for number in sorted(chosen)]
@@ -132,15 +134,17 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
         from common.profile import profile_level
 
         (loaded,) = choose_levels(str(args.profile), levels)
-        workload = parse_workloads(args, device)[0]
+        (workload, *more), _ = parse_workloads(args, device)
+        if more and args.tokens:
+            raise ValueError(f"--profile takes one token count, --tokens {args.tokens} are {1 + len(more)}")
         prepare_folder(out)
         return profile_level(loaded, workload, device, out, screen)
     chosen = choose_levels(args.levels, levels)
-    workloads = parse_workloads(args, device)
+    workloads, rounds = parse_workloads(args, device)
     peers = PEERS if args.peers else ()
     references = (*REFERENCES, *peers)
     if args.quick:
-        workloads, references, args.rounds = workloads[:1], peers, min(args.rounds, 3)
+        workloads, references, rounds = workloads[:1], peers, min(rounds, 3)
     prepare_folder(out)
     earlier = results_path(out, environment(device), workloads[0].config.name)
     if earlier.exists():
@@ -148,7 +152,7 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
     runs, interrupted = [], False
     for workload in workloads:
         try:
-            run = run_workload(workload, chosen, references, device, args.rounds, screen.reporter(workload))
+            run = run_workload(workload, chosen, references, device, rounds, screen.reporter(workload))
         except Interrupted as stop:
             run, interrupted = stop.run, True
         screen.print(run_table(run))

@@ -74,7 +74,7 @@ def level_bars(ax: Axes, run: Run, value: Callable[[Row], float | None], label: 
         else:
             ax.barh(position, length, 0.8, color=color(row), gid=f"level{row.number}")
             ax.text(length, position, f" {label(row)}", va="center", fontsize=15, zorder=5,
-                    bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0})
+                    bbox={"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 0})
     ax.grid(axis="x", alpha=0.3)
 
 
@@ -89,7 +89,7 @@ def figure(runs: Sequence[Run], title: str, columns: int) -> tuple[Figure, list[
 def ladder(runs: Sequence[Run]) -> Figure:
     """Cumulative speedup a level: bar length is the total; the text also gives the step."""
     chosen = panels(runs)
-    fig, axes = figure(chosen, "From Python loops to the GPU's limit: cumulative speedup", len(chosen))
+    fig, axes = figure(chosen, "From Python loops towards the GPU's limit: cumulative speedup", len(chosen))
     for ax, run in zip(axes, chosen, strict=True):
         gains = speedups(run)
 
@@ -98,12 +98,12 @@ def ladder(runs: Sequence[Run]) -> Figure:
 
         def text(row: Row, gains=gains) -> str:
             gain = gains[row.number]
-            words = f"{number(gain.total, 2 if gain.total < 10 else 3)}x"
-            return words if gain.step is None else f"{words}  (step {number(gain.step, 2)}x)"
+            words = f"{number(gain.total)}x"
+            return words if gain.step is None else f"{words}  (step {number(gain.step)}x)"
 
         def hue(row: Row, gains=gains) -> str:
-            step = gains[row.number].step
-            return FIRST if step is None else GAIN if step >= 1 else LOSS
+            gain = gains[row.number]
+            return FIRST if gain.step is None or not gain.clear else GAIN if gain.step > 1 else LOSS
 
         level_bars(ax, run, total, text, hue)
         first = next((row for row in run.levels if row.timed), None)
@@ -111,8 +111,10 @@ def ladder(runs: Sequence[Run]) -> Figure:
         ax.set_title(f"{run.shape['T']:,} tokens\n{under}")
         ax.set_xlabel("times faster than level 0 (log)" if not first or first.number == 0
                       else f"times faster than level {first.number} (log)")
-    axes[-1].legend(handles=[Patch(color=GAIN, label="faster than the level before"),
-                             Patch(color=LOSS, label="slower than the level before")], fontsize=13, loc="upper right")
+        ax.set_ylim(len(run.levels) - 0.4, -1.9)  # the legend's place, shared by all panels
+    axes[-1].legend(handles=[Patch(color=GAIN, label="faster than the level before"), Patch(color=LOSS, label="slower"),
+                             Patch(color=FIRST, label="start, or no clear difference")],
+                    fontsize=13, loc="upper right", frameon=False)
     return fig
 
 
@@ -149,7 +151,7 @@ def memory(runs: Sequence[Run]) -> Figure:
     fig, axes = figure(chosen, "Peak memory above weights, input and output", len(chosen))
     for ax, run in zip(axes, chosen, strict=True):
         level_bars(ax, run, lambda row: row.peak_mib if row.status == "ok" else None,
-                   lambda row: f"{number(row.peak_mib, 2)}", lambda row: GAIN)
+                   lambda row: number(row.peak_mib), lambda row: GAIN)
         ax.set_title(f"{run.shape['T']:,} tokens")
         ax.set_xlabel("MiB (log)")
     return fig
@@ -167,7 +169,7 @@ def roofline(runs: Sequence[Run]) -> Figure:
             ax.axvline(100 * bound.roofline_share, color=BOUND_COLOR, ls="--", lw=3, gid="bound",
                        label=f"two bare cuBLAS bmm: {100 * bound.roofline_share:.0f}%")
             ax.legend(fontsize=13, loc="upper right")
-        ax.set_xlim(0, 125)
+        ax.set_xlim(0, 130)
         arithmetic = run.flops / run.ceilings["matmul_tflops"] > run.least_bytes / run.ceilings["copy_tbps"]
         limit = "arithmetic" if arithmetic else "memory"
         ax.set_title(f"{run.shape['T']:,} tokens\n100% is {number(run.roofline_ms)} ms ({limit})")

@@ -23,8 +23,9 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
 
 
-def parse_workloads(args: argparse.Namespace, device: torch.device) -> list[Workload]:
-    """The workloads that the arguments ask for. Raises ValueError, naming the argument and what would be right."""
+def parse_workloads(args: argparse.Namespace, device: torch.device) -> tuple[list[Workload], int]:
+    """The workloads that the arguments ask for, and the rounds. Raises ValueError, naming the argument and
+    what would be right."""
     on_gpu = device.type == "cuda"
     if args.preset and args.shape:
         raise ValueError(f"--preset {args.preset} and --shape {args.shape}: give one of them")
@@ -37,15 +38,15 @@ def parse_workloads(args: argparse.Namespace, device: torch.device) -> list[Work
         cfg = preset(args.preset or ("qwen3-30b-a3b" if on_gpu else "tiny"))
         default_tokens = DEFAULT_TOKENS[cfg.name]
     tokens = default_tokens
-    if args.tokens:
+    if args.tokens is not None:
         parts = args.tokens.split(",")
         if not all(part.strip().isdigit() for part in parts):
             raise ValueError(f"--tokens {args.tokens}: give whole numbers separated by commas, for example 64,512")
         tokens = tuple(int(part) for part in parts)
-    args.rounds = args.rounds if args.rounds is not None else (20 if on_gpu else 3)
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: at least 1")
-    return [Workload(cfg, T, dtype, args.routing, args.seed) for T in tokens]
+    rounds = args.rounds if args.rounds is not None else (20 if on_gpu else 3)
+    if rounds < 1:
+        raise ValueError(f"--rounds {rounds}: at least 1")
+    return [Workload(cfg, T, dtype, args.routing, args.seed) for T in tokens], rounds
 
 
 def run_alone(level: Level) -> int:
@@ -59,7 +60,7 @@ def run_alone(level: Level) -> int:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        workloads = parse_workloads(args, device)
+        workloads, rounds = parse_workloads(args, device)
     except ValueError as error:
         return error_exit(error)
     numbers = (level.number - 1, level.number) if args.below else (level.number,)
@@ -69,7 +70,7 @@ def run_alone(level: Level) -> int:
         screen.print(f"[bold]Level {level.number}, {level.name}[/]: {level.adds}")
         for workload in workloads:
             try:
-                run = run_workload(workload, levels, (), device, args.rounds, screen.reporter(workload))
+                run = run_workload(workload, levels, (), device, rounds, screen.reporter(workload))
             except ValueError as error:
                 return error_exit(error)
             except Interrupted as stop:

@@ -6,7 +6,7 @@ K top-k, R = T*K routed rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -134,10 +134,6 @@ class Workload:
     def R(self) -> int:
         """Routed rows, T*K."""
         return self.T * self.config.K
-
-    def with_tokens(self, T: int) -> Workload:
-        """The same workload at another token count."""
-        return replace(self, T=T)
 
 
 def flops(workload: Workload) -> int:

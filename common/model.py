@@ -14,8 +14,7 @@ class Weights:
     """One layer's weights in the layout of Hugging Face transformers v5 experts.
 
     router_ED (E, D); gate_up_E2FD (E, 2F, D), an expert's F gate rows and then its F up rows;
-    down_EDF (E, D, F). One dtype and one device. Raises ValueError where shapes, dtypes or
-    devices disagree with the config or with each other.
+    down_EDF (E, D, F). One dtype and one device, which `check` holds them to.
     """
 
     router_ED: torch.Tensor

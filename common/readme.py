@@ -22,9 +22,10 @@ def markdown(run: Run) -> str:
     env, shape = run.environment, run.shape
     gains = speedups(run)
     lines = [
-        f"**{shape['T']:,} tokens**: least possible {number(run.roofline_ms)} ms "
-        f"({number(run.flops / 1e12)} TFLOP at {number(run.ceilings['matmul_tflops'])} TFLOP/s, "
-        f"{number(run.least_bytes / 1e9)} GB at {number(run.ceilings['copy_tbps'])} TB/s, whichever is longer).",
+        f"**{shape['T']:,} tokens**: the roofline is {number(run.roofline_ms)} ms "
+        f"({number(run.flops / 1e12)} TFLOP at the measured {number(run.ceilings['matmul_tflops'])} TFLOP/s, "
+        f"{number(run.least_bytes / 1e9)} GB at the measured copy rate of {number(run.ceilings['copy_tbps'])} TB/s, "
+        f"whichever is longer).",
         "",
         "| | level | wall ms (p20 to p80) | step | total | GPU-busy ms | launches | host syncs | of roofline | "
         "peak MiB | build s |",
@@ -34,11 +35,12 @@ def markdown(run: Run) -> str:
         gain = gains.get(row.number)
         time = status_text(row)
         if row.timed:
-            time = f"{number(row.wall_ms.p50)} ({number(row.wall_ms.p20)} to {number(row.wall_ms.p80)})"
+            few = f", n={row.samples}" if row.samples < run.rounds else ""
+            time = f"{number(row.wall_ms.p50)} ({number(row.wall_ms.p20)} to {number(row.wall_ms.p80)}{few})"
         name = row.name if row.kind == "level" else f"*{row.name}: {row.adds}*"
         step = ratio(gain.step if gain else None)
-        if gain and gain.step and gain.step < 1:
-            step = f"**{step}, slower**"
+        if gain and gain.step:
+            step = f"{step}, within the spread" if not gain.clear else f"**{step}, slower**" if gain.step < 1 else step
         cells = [
             "" if row.number is None else row.number, name, time, step, ratio(gain.total if gain else None),
             number(row.gpu_ms.p50 if row.gpu_ms else None), "-" if row.launches is None else row.launches,

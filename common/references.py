@@ -60,11 +60,13 @@ def build_bmm(workload: Workload, weights: Weights) -> Forward:
 def build_grouped_mm(workload: Workload, weights: Weights) -> Forward:
     """torch.nn.functional.grouped_mm with eager PyTorch around it, as model code uses it today.
 
-    Raises Unsupported in a dtype that grouped_mm lacks.
+    Raises Unsupported in a dtype or for sizes that grouped_mm does not take.
     """
     if workload.dtype == torch.float16:
         raise Unsupported("needs bfloat16 or float32")
     cfg: MoEConfig = workload.config
+    if cfg.D * workload.dtype.itemsize % 16 or cfg.F * workload.dtype.itemsize % 16:
+        raise Unsupported("needs D and F in multiples of 16 bytes")
 
     def forward(x_TD: torch.Tensor) -> torch.Tensor:
         if x_TD.is_cuda and x_TD.dtype != torch.float32:

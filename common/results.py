@@ -105,11 +105,13 @@ def new_run(workload: Workload, rounds: int, environment: dict, active_experts: 
 @dataclass(frozen=True)
 class Speedup:
     """How a timed level compares: `step` with the timed level before it (None for the first), `total`
-    with the first, whose number is `base`. Ratios of median wall times within one run."""
+    with the first, whose number is `base`. Ratios of median wall times within one run. The step is
+    `clear` if the two spreads, 20th to 80th percentile, do not overlap."""
 
     step: float | None
     total: float
     base: int
+    clear: bool = True
 
 
 def speedups(run: Run) -> dict[int, Speedup]:
@@ -121,7 +123,8 @@ def speedups(run: Run) -> dict[int, Speedup]:
             continue
         first = first or row
         step = before.wall_ms.p50 / row.wall_ms.p50 if before else None
-        found[row.number] = Speedup(step, first.wall_ms.p50 / row.wall_ms.p50, first.number)
+        clear = before is None or row.wall_ms.p80 < before.wall_ms.p20 or before.wall_ms.p80 < row.wall_ms.p20
+        found[row.number] = Speedup(step, first.wall_ms.p50 / row.wall_ms.p50, first.number, clear)
         before = row
     return found
 
@@ -157,12 +160,17 @@ def load(path: Path) -> list[Run]:
     or has another schema; FileNotFoundError if there is none."""
     try:
         data = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder: name a results file in it") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else None
         raise ValueError(f"{path} has results schema {found!r}, this version reads {SCHEMA}: run it again")
-    return [_run(run) for run in data["runs"]]
+    try:
+        return [_run(run) for run in data["runs"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} says schema {SCHEMA} but lacks what that has: {error!r}") from error
 
 
 def _run(data: dict) -> Run:

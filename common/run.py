@@ -73,9 +73,11 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
             check_finite(x_TD, weights)
         reporter.stage("computing the float64 oracle")
         expected = [oracle(cfg, weights, x_TD) for x_TD in batches]
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, a CPU without memory gives a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         weights_gib = 3 * cfg.E * cfg.F * cfg.D * workload.dtype.itemsize / 2**30
-        raise ValueError(f"{cfg.name} at {workload.T} tokens does not fit this GPU: its weights alone are "
+        raise ValueError(f"{cfg.name} at {workload.T} tokens does not fit this machine: its weights alone are "
                          f"{weights_gib:.1f} GiB, and the float64 oracle needs room beside them") from error
     active_experts = int((expected[0].rows_E > 0).sum())
     run = new_run(workload, rounds, environment(device), active_experts,
@@ -170,7 +172,7 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
     """Profile and time every ready subject; rows are filled in as rounds go by."""
     clock = WallClock(device)
     for subject in list(ready):
-        reporter.stage(f"{subject.row.name}: warming and profiling")
+        reporter.stage(f"{subject.row.name}: warming{' and profiling' if clock.on_gpu else ''}")
         try:
             _warm_and_profile(subject, clock, x_TD)
         except torch.OutOfMemoryError as error:  # it fitted alone, but not beside the buffers of the others

@@ -43,7 +43,7 @@ def ratio(value: float | None) -> str:
 def status_text(row: Row) -> str:
     """What stands where a time would: `out of memory`, `n/a (needs CUDA)`, `not installed`, `FAILED`."""
     if row.status == "unsupported":
-        return f"n/a ({row.reason})" if row.reason else "n/a"
+        return f"n/a ({row.reason.partition(':')[0]})" if row.reason else "n/a"
     return {"oom": "out of memory", "failed": "FAILED"}.get(row.status, row.status)
 
 
@@ -91,7 +91,8 @@ def run_table(run: Run) -> Table:
             step, ratio(gain.total if gain else None), number(row.tflops), percent(row.roofline_share),
             percent(row.bound_share), number(row.peak_mib), number(row.build_s),
         )
-    why = [f"{row.name}: {row.reason}" for row in run.rows if row.status in ("failed", "not installed", "oom")]
+    why = [f"{row.name}: {row.reason}" for row in run.rows
+           if row.status in ("failed", "not installed", "oom") or ":" in row.reason]
     table.caption, table.caption_justify = "\n".join(why) or None, "left"
     return table
 

@@ -34,7 +34,7 @@ LEVEL = Level(
     name="batched",
     adds="gather each row's weights, einsum over all rows",
     changes=("dispatch", "experts", "combine", "build"),
-    claims=Claims(host_syncs=0, max_launches=30),
+    claims=Claims(host_syncs=0),
 )
 
 

@@ -38,7 +38,7 @@ LEVEL = Level(
     adds="one Triton kernel for SiLU(gate) * up",
     changes=("silu_mul_kernel", "silu_mul", "experts"),
     requires=("triton",),
-    claims=Claims(host_syncs=0, max_launches=30),
+    claims=Claims(host_syncs=0),
 )
 
 

@@ -7,6 +7,7 @@ How    build: as many tokens a chunk as fit the budget; buffers for their rows, 
        for each chunk: gather gate_up into the buffer -> multiply -> activate
                        gather down into the same buffer -> multiply -> combine into the output
 Costs  a Python loop again, over chunks, and no byte less through memory: it runs at any T, slowly.
+       The whole budget is allocated at once, even for a few tokens.
 Needs  Triton: a GPU, or a CPU with its interpreter (float32, float16).
 Run    python labs/level3_memefficient.py --preset qwen3-30b-a3b --tokens 32768
 Diff   make diff N=3
@@ -123,7 +124,7 @@ class Workspace:
 
 
 def gather_into(out: torch.Tensor, source: torch.Tensor, index_R: torch.Tensor) -> None:
-    """out = source[index_R] in place. Not index_select: with up to 16 indices it reads at a third of the speed."""
+    """out = source[index_R] in place. Not index_select, which has a slow path for up to 16 indices."""
     torch.ops.aten.index.Tensor_out(source, [index_R], out=out)
 
 

@@ -1,14 +1,14 @@
 """Level 5: CUDA graphs. Record the launches once, replay them as one.
 
 Adds   capture and replay, a graph for each token count.
-Why    level 4 launches about 25 kernels a forward, at 5 to 20 microseconds of host time each. At few
-       tokens the GPU finishes each before the next arrives: the time is the host's.
+Why    level 4 launches about 25 kernels a forward, each after some work of the host's. At few tokens
+       the GPU finishes a kernel before the next one arrives: the time is the host's.
 How    first call at a T: run on the side to compile, then capture into buffers of our own
        each call:  copy x into the captured input -> one replay -> the captured output
        What a graph freezes is addresses and grids, not values: level 4 keeps its counts on the
        device and its grid at the worst case, so a replay may route in any way.
 Costs  a copy of x (2*T*D values), the memory of each graph kept, a capture at each new T.
-       The output is the graph's own buffer: the next call at that T overwrites it.
+       The output is the graph's own buffer: the next call overwrites it.
 Needs  CUDA.
 Run    python labs/level5_cudagraphs.py --preset seed --tokens 64
 Diff   make diff N=5
@@ -141,7 +141,8 @@ class Tile(NamedTuple):
 
 def choose_tile(rows_per_expert: float, itemsize: int, shared_memory: int) -> Tile:
     """The tile for so many mean rows an expert: rows past an expert's end are work thrown away, but a
-    tile of more rows reads fewer weights a row. Stages are as many as fit the bytes of shared memory."""
+    tile of more rows reads fewer weights a row. The largest needs more shared memory, in bytes, than
+    consumer GPUs have. Found by timing a dozen tiles at each load on an H200."""
     if itemsize == 4:
         return Tile(16 if rows_per_expert <= 16 else 64, 64, 32, warps=4, stages=2)
     if rows_per_expert <= 16:
@@ -211,9 +212,10 @@ def dispatch(
     """Sort the routed rows by expert, ties in token order: x_RD (R, D), offsets_E1 int32, row_of_slot_TK int64."""
     K = expert_ids_TK.shape[1]
     # The radix sort passes over its keys once a byte: 16-bit keys take a quarter of int64's passes.
-    sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(torch.int16).sort(stable=True)
+    key = torch.int16 if E < 2**15 else torch.int32
+    sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(key).sort(stable=True)
     x_RD = x_TD[slot_of_row_R // K]  # first, so that the GPU has work while the host launches the rest
-    bounds_E1 = torch.arange(E + 1, dtype=torch.int16, device=x_TD.device)
+    bounds_E1 = torch.arange(E + 1, dtype=key, device=x_TD.device)
     offsets_E1 = torch.searchsorted(sorted_ids_R, bounds_E1, out_int32=True)
     rows_R = torch.arange(slot_of_row_R.numel(), device=x_TD.device)
     row_of_slot_TK = torch.empty_like(expert_ids_TK)
@@ -235,7 +237,8 @@ def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.T
 
 
 class Replay:
-    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at that T.
+    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at any T,
+    because the graphs share their memory.
 
     Raises ValueError if x is not (T, D) in the dtype and on the device of the weights: a copy into the
     captured input would convert it without a word.

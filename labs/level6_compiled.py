@@ -2,12 +2,12 @@
 
 Adds   torch.compile over the whole forward, as one graph, inside the CUDA graph.
 Why    around the two GEMMs level 5 still runs PyTorch's kernels one by one. The combine alone writes
-       and reads a float32 (T, K, D) product that nobody needs: 10*R*D bytes where 2*R*D are enough.
+       and reads a float32 (T, K, D) product that nobody needs: 14*R*D bytes where 2*R*D are enough.
 How    the forward of level 4, unchanged, under fullgraph=True: the compiler writes one kernel for
        gather, scale and sum, and fewer for softmax, top-k and indices, around our Triton kernels
        first call at a T: compile -> capture;  each call: copy x -> replay, as in level 5
-Costs  seconds of compilation at each new T, shown apart. A break in the graph or a recompilation
-       for other routing would be an error here, not a slow path.
+Costs  seconds of compilation at each new T, shown apart. A break in the graph is an error here, not
+       a slow path, and a replay has no compiler to call: other routing cannot recompile.
 Needs  CUDA.
 Run    python labs/level6_compiled.py --preset qwen3-30b-a3b --tokens 16384
 Diff   make diff N=6
@@ -140,7 +140,8 @@ class Tile(NamedTuple):
 
 def choose_tile(rows_per_expert: float, itemsize: int, shared_memory: int) -> Tile:
     """The tile for so many mean rows an expert: rows past an expert's end are work thrown away, but a
-    tile of more rows reads fewer weights a row. Stages are as many as fit the bytes of shared memory."""
+    tile of more rows reads fewer weights a row. The largest needs more shared memory, in bytes, than
+    consumer GPUs have. Found by timing a dozen tiles at each load on an H200."""
     if itemsize == 4:
         return Tile(16 if rows_per_expert <= 16 else 64, 64, 32, warps=4, stages=2)
     if rows_per_expert <= 16:
@@ -210,9 +211,10 @@ def dispatch(
     """Sort the routed rows by expert, ties in token order: x_RD (R, D), offsets_E1 int32, row_of_slot_TK int64."""
     K = expert_ids_TK.shape[1]
     # The radix sort passes over its keys once a byte: 16-bit keys take a quarter of int64's passes.
-    sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(torch.int16).sort(stable=True)
+    key = torch.int16 if E < 2**15 else torch.int32
+    sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(key).sort(stable=True)
     x_RD = x_TD[slot_of_row_R // K]  # first, so that the GPU has work while the host launches the rest
-    bounds_E1 = torch.arange(E + 1, dtype=torch.int16, device=x_TD.device)
+    bounds_E1 = torch.arange(E + 1, dtype=key, device=x_TD.device)
     offsets_E1 = torch.searchsorted(sorted_ids_R, bounds_E1, out_int32=True)
     rows_R = torch.arange(slot_of_row_R.numel(), device=x_TD.device)
     row_of_slot_TK = torch.empty_like(expert_ids_TK)
@@ -234,7 +236,8 @@ def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.T
 
 
 class Replay:
-    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at that T.
+    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at any T,
+    because the graphs share their memory.
 
     Raises ValueError if x is not (T, D) in the dtype and on the device of the weights: a copy into the
     captured input would convert it without a word.

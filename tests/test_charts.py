@@ -23,7 +23,8 @@ ENVIRONMENT = {"gpu": "NVIDIA Test", "sm": "sm_90", "torch": "2", "triton": "3",
 
 def row(number: int, ms: float | None, **fields) -> Row:
     spread = None if ms is None else Spread(ms * 0.9, ms, ms * 1.1)
-    known = {"peak_mib": 10.0 * (number + 1), "roofline_share": None if ms is None else 1 / ms, "status": "ok"}
+    known = {"samples": 5, "peak_mib": 10.0 * (number + 1), "status": "ok",
+             "roofline_share": None if ms is None else 1 / ms}
     return Row("level", number, f"name{number}", "adds", wall_ms=spread, gpu_ms=spread, **{**known, **fields})
 
 
@@ -72,6 +73,8 @@ def test_a_losing_step_has_its_own_colour():
     ax = charts.ladder(RUNS).axes[0]
     colors = {patch.get_gid(): patch.get_facecolor() for patch in ax.patches if patch.get_gid()}
     assert colors["level2"] != colors["level1"]
+    noise = charts.ladder([made_up(64, row(0, 10.0), row(1, 10.5))]).axes[0]
+    assert {patch.get_facecolor() for patch in noise.patches if patch.get_gid() == "level1"} != {colors["level2"]}
     assert any("out of memory" in text.get_text() for text in ax.texts)
 
 
@@ -142,12 +145,23 @@ def test_a_file_that_is_no_results_file_is_named(tmp_path):
     path.write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="has results schema None"):
         load(path)
+    for empty in ({"schema": 1}, {"schema": 1, "runs": [{}]}, {"schema": 1, "runs": [3]}):
+        path.write_text(json.dumps(empty))
+        with pytest.raises(ValueError, match=r"broken\.json says schema 1 but lacks"):
+            load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"broken\.json is not JSON"):
+        load(path)
+    with pytest.raises(ValueError, match="is a folder"):
+        load(tmp_path)
 
 
 def test_a_markdown_table_holds_the_medians():
     table = markdown(RUNS[0])
     assert "| 0 | name0 | 100 (90.0 to 110) |" in table
     assert "**0.500x, slower**" in table
+    assert "n=3" in markdown(made_up(64, row(0, 100.0, samples=3)))
+    assert "1.05x, within the spread" in markdown(made_up(64, row(0, 10.5), row(1, 10.0)))
     assert "| 3 | name3 | out of memory |" in table
 
 

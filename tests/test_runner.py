@@ -139,7 +139,10 @@ BAD_INPUT = [
     (["--preset", "nope"], "preset='nope' is unknown: choose one of tiny"),
     (["--levels", "99"], "no level 99"),
     (["--levels", "a-b"], "'a-b' is neither a number nor a range"),
-    (["--levels", "3-1"], "--levels 3-1"),
+    (["--levels", "3-1"], "'3-1' runs backwards, did you mean 1-3?"),
+    (["--levels", "2-"], "'2-' is neither a number nor a range"),
+    (["--profile", "4", "--tokens", "8,16"], "--profile takes one token count"),
+    (["--tokens", ""], "--tokens : give whole numbers"),
     (["--routing", "random"], "routing='random' is unknown: choose one of natural"),
     (["--shape", "8,16,16,2,4"], "K=4 is more than E=2"),
     (["--shape", "8,16,0,2,1"], "F=0: sizes are whole numbers of at least 1"),
@@ -190,7 +193,7 @@ def test_a_preset_too_large_for_the_gpu_is_an_error_in_words(tmp_path, monkeypat
     monkeypatch.setattr(common.run, "make_weights", too_large)
     status, _ = run(tmp_path, levels=[GOOD])
     assert status == 2
-    assert "tiny at 64 tokens does not fit this GPU" in capsys.readouterr().err
+    assert "tiny at 64 tokens does not fit this machine" in capsys.readouterr().err
 
 
 def test_nan_in_a_weight_is_found_and_named(tmp_path, monkeypatch, capsys):
