@@ -1,0 +1,673 @@
+"""Routing in one launch (decode), two (many tokens) or three: logits, top-k, counting sort, work list.
+
+What   From x (T, D) and the router's weights (E, D) everything the GEMMs and the combine need to know:
+
+       index array     shape     from -> to
+       expert_ids_TK   (T, K)    token, choice -> expert, best first, ties to the lower expert
+       offsets_E1      (E + 1,)  expert -> its first sorted row; the last entry is R
+       token_of_row_R  (R,)      sorted row -> token; sorted by expert, then by token
+       row_of_slot_TK  (T, K)    token, choice -> sorted row
+       work_W4         (W, 4)    row tile -> its expert, that expert's first row, end row and first row tile;
+                                 the last of the W entries holds how many of the others are valid
+
+       and scores_TK, float32. All indices are int32. Logits are float32, never rounded to x's dtype.
+Why    PyTorch needs a dozen kernels for this, each longer to launch than to run at decode sizes.
+How    No sort. A token never picks one expert twice, so the rank of a slot (token, choice) among its expert's
+       rows is the number of earlier *tokens* that picked the expert: a triangle of ones times the 0/1 matrix
+       of choices, one exact tl.dot. The only atomics count arrivals: the last program to arrive does the rest,
+       on the same numbers in the same order whichever program it is, so results repeat bit for bit.
+
+       1 launch    route_and_place_kernel   all programs      logits of one token block over one part of D
+                                            last of a block   adds the parts, picks experts, ranks in the block
+                                            last of all       counts, offsets, rows, work list
+       3 launches  logits_kernel            the first step, 64 or 128 tokens a program, by TMA
+                   choose_kernel            the second; the last of a group of blocks adds up its counts
+                   place_kernel             the third, one program a group of 256 tokens
+       2 launches  logits_and_choose_kernel both first steps without leaving registers, then place_kernel
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from common.config import MoEConfig, dtype_name
+
+import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# T tokens, D model width, E experts, K top-k, R = T*K routed rows, W entries of the work list.
+
+TAKEN = tl.constexpr(-(2**31))  # below the key of every number
+
+
+@triton.jit
+def sortable(bits):
+    """Float32 bits to int32 keys in the same order, and back: the map is its own inverse.
+
+    Integers order totally, so NaN logits still pick K distinct experts and corrupt no index.
+    """
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def partial_logits(
+    x_ptr,  # (T, D)
+    router_ptr,  # (E, D)
+    t, e, first_d, end_d, T, D, E,
+    BLOCK_D: tl.constexpr,
+):
+    """x[t, first_d:end_d] @ router[e, first_d:end_d].T, accumulated in float32."""
+    logits = tl.zeros([t.shape[0], e.shape[0]], tl.float32)
+    for start in tl.range(first_d, end_d, BLOCK_D, num_stages=3):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (d < end_d)[None, :]
+        x = tl.load(x_ptr + t.to(tl.int64)[:, None] * D + d[None, :], mask=(t < T)[:, None] & inside, other=0.0)
+        router = tl.load(router_ptr + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & inside, other=0.0)
+        logits = tl.dot(x, router.T, logits, input_precision="ieee")
+    return logits
+
+
+@triton.jit
+def choose_experts(
+    logits, t, e, T, E,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """Top-k of each token, its scores, and each slot's rank among its expert's rows in this block.
+
+    Returns expert_ids, scores, ranks (BLOCK_T, TOP_K_POW2), valid in the first TOP_K columns, and counts (BLOCK_E,).
+    """
+    keys = sortable((logits + 0.0).to(tl.int32, bitcast=True))  # + 0.0: -0.0 ties with 0.0
+    keys = tl.where((e < E)[None, :], keys, TAKEN)
+    top_logit = sortable(tl.max(keys, 1)).to(tl.float32, bitcast=True)
+    if not RENORMALIZE:
+        total = tl.sum(tl.where((e < E)[None, :], tl.exp(logits - top_logit[:, None]), 0.0), 1)
+    k = tl.arange(0, TOP_K_POW2)
+    expert_ids = tl.zeros([t.shape[0], TOP_K_POW2], tl.int32)
+    chosen_keys = tl.zeros([t.shape[0], TOP_K_POW2], tl.int32)
+    for i in tl.range(TOP_K):
+        best = tl.max(keys, 1)
+        winner = tl.min(tl.where(keys == best[:, None], e[None, :], e.shape[0]), 1)
+        expert_ids = tl.where(k[None, :] == i, winner[:, None], expert_ids)
+        chosen_keys = tl.where(k[None, :] == i, best[:, None], chosen_keys)
+        keys = tl.where(e[None, :] == winner[:, None], TAKEN, keys)
+
+    chosen_logits = sortable(chosen_keys).to(tl.float32, bitcast=True)
+    scores = tl.where((k < TOP_K)[None, :], tl.exp(chosen_logits - top_logit[:, None]), 0.0)
+    if RENORMALIZE:
+        total = tl.sum(scores, 1)
+    scores = scores / total[:, None]
+
+    chosen = (keys == TAKEN) & (e < E)[None, :] & (t < T)[:, None]
+    i = tl.arange(0, t.shape[0])
+    earlier = i[None, :] < i[:, None]
+    chosen_earlier = tl.dot(earlier.to(tl.float16), chosen.to(tl.float16)).to(tl.int32)  # exact: at most BLOCK_T
+    ranks = tl.gather(chosen_earlier, expert_ids, 1)
+    return expert_ids, scores, ranks, tl.sum(chosen.to(tl.int32), 0)
+
+
+@triton.jit
+def store_choice(
+    expert_ids, scores, ranks, t,
+    expert_ids_ptr,  # (T, K)
+    scores_ptr,  # (T, K)
+    ranks_ptr,  # (T, K)
+    T,
+    TOP_K: tl.constexpr,
+):
+    """Store the first TOP_K columns of the tokens that exist."""
+    k = tl.arange(0, expert_ids.shape[1])
+    slots = t[:, None] * TOP_K + k[None, :]
+    valid = (t < T)[:, None] & (k < TOP_K)[None, :]
+    tl.store(expert_ids_ptr + slots, expert_ids, mask=valid)
+    tl.store(scores_ptr + slots, scores, mask=valid)
+    tl.store(ranks_ptr + slots, ranks, mask=valid)
+
+
+@triton.jit
+def load_slots(
+    first_block, num_blocks,
+    counts_ptr,  # (num_blocks, BLOCK_E)
+    expert_ids_ptr,  # (T, K)
+    ranks_ptr,  # (T, K)
+    T,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """What BLOCKS token blocks chose: counts (BLOCKS, BLOCK_E); slots, whether they exist, block, expert, rank."""
+    b = first_block + tl.arange(0, BLOCKS)
+    e = tl.arange(0, BLOCK_E)
+    i = tl.arange(0, BLOCKS * BLOCK_T * TOP_K_POW2)
+    slots = first_block * BLOCK_T * TOP_K + i
+    exist = (i < BLOCKS * BLOCK_T * TOP_K) & (slots < T * TOP_K)
+    # .cg: from L2, where the other programs' stores are.
+    counts = tl.load(counts_ptr + b[:, None] * BLOCK_E + e[None, :], mask=(b < num_blocks)[:, None], other=0,
+                     cache_modifier=".cg").to(tl.int32)
+    expert = tl.load(expert_ids_ptr + slots, mask=exist, other=0, cache_modifier=".cg")
+    rank = tl.load(ranks_ptr + slots, mask=exist, other=0, cache_modifier=".cg")
+    block = tl.where(exist, i // (BLOCK_T * TOP_K), 0)
+    return counts, slots, exist, block, expert, rank
+
+
+@triton.jit
+def store_rows(
+    first_row, counts, slots, exist, block, expert, rank,
+    row_of_slot_ptr,  # (T, K)
+    token_of_row_ptr,  # (R,)
+    TOP_K: tl.constexpr,
+):
+    """Sorted row of each slot: its expert's first row here, plus the counts of the blocks before, plus its rank."""
+    BLOCKS: tl.constexpr = counts.shape[0]
+    BLOCK_E: tl.constexpr = counts.shape[1]
+    first = first_row[None, :] + tl.cumsum(counts, 0) - counts
+    row = rank + tl.gather(tl.reshape(first, [BLOCKS * BLOCK_E]), block * BLOCK_E + expert, 0)
+    tl.store(row_of_slot_ptr + slots, row, mask=exist)
+    tl.store(token_of_row_ptr + row, slots // TOP_K, mask=exist)
+
+
+@triton.jit
+def store_offsets(
+    offsets_ptr,  # (E + 1,)
+    e, first_row, counts, E,
+):
+    """Each expert's first row, and the last one's end."""
+    tl.store(offsets_ptr + e, first_row, mask=e < E)
+    tl.store(offsets_ptr + e + 1, first_row + counts, mask=e == E - 1)
+
+
+@triton.jit
+def store_work(
+    work_ptr,  # (W, 4)
+    W, e, first_row, counts, first, step,
+    ROW_TILE: tl.constexpr,
+):
+    """Work list entries of the row tiles first, first + step, ... of every expert; by program 0 also their number.
+
+    Experts in order. The m-th tile of an expert starts at its first row + m * ROW_TILE.
+    """
+    tiles = (counts + (ROW_TILE - 1)) // ROW_TILE
+    first_tile = tl.cumsum(tiles, 0) - tiles
+    for m in tl.range(first, tl.max(tiles, 0), step):
+        entry = work_ptr + (first_tile + m) * 4
+        tl.store(entry, e, mask=m < tiles)
+        tl.store(entry + 1, first_row, mask=m < tiles)
+        tl.store(entry + 2, first_row + counts, mask=m < tiles)
+        tl.store(entry + 3, first_tile, mask=m < tiles)
+    if first == 0:
+        tl.store(work_ptr + (W - 1) * 4, tl.sum(tiles, 0))
+
+
+@triton.jit
+def last_to_arrive(counter_ptr, expected):
+    """True in the program that arrives last; everything the others wrote before is visible there.
+
+    The barrier puts all of a program's stores before its one atomic. The last one resets the counter.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def finish_block(
+    logits, block, t, e,
+    arrivals_ptr,  # (groups,)
+    counts_ptr,  # (blocks, BLOCK_E)
+    group_counts_ptr,  # (groups, BLOCK_E)
+    expert_ids_ptr,  # (T, K)
+    scores_ptr,  # (T, K)
+    ranks_ptr,  # (T, K)
+    T, E,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Choice of one token block, stored; the last block of its group adds up the group's counts."""
+    BLOCK_E: tl.constexpr = e.shape[0]
+    expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE)
+    store_choice(expert_ids, scores, ranks, t, expert_ids_ptr, scores_ptr, ranks_ptr, T, TOP_K)
+    tl.store(counts_ptr + block * BLOCK_E + e, counts.to(tl.uint8))
+    group = block // GROUP
+    num_blocks = tl.num_programs(0)
+    if last_to_arrive(arrivals_ptr + group, tl.minimum(GROUP, num_blocks - group * GROUP)):
+        b = group * GROUP + tl.arange(0, GROUP)
+        members = tl.load(counts_ptr + b[:, None] * BLOCK_E + e[None, :], mask=(b < num_blocks)[:, None], other=0,
+                          cache_modifier=".cg")
+        tl.store(group_counts_ptr + group * BLOCK_E + e, tl.sum(members.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["T", "E", "W"])
+def route_and_place_kernel(
+    x_ptr,  # (T, D)
+    router_ptr,  # (E, D)
+    partials_ptr,  # (SPLITS, NUM_BLOCKS * BLOCK_T, BLOCK_E) float32, scratch
+    arrivals_ptr,  # (NUM_BLOCKS + 1,) int32, zero before and after
+    counts_ptr,  # (NUM_BLOCKS, BLOCK_E) uint8, scratch
+    expert_ids_ptr,  # (T, K) int32
+    scores_ptr,  # (T, K) float32
+    row_of_slot_ptr,  # (T, K) int32
+    token_of_row_ptr,  # (R,) int32
+    offsets_ptr,  # (E + 1,) int32
+    work_ptr,  # (W, 4) int32
+    T, D, E, W, split_D,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    NUM_BLOCKS_POW2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Everything in one launch, for T <= NUM_BLOCKS * BLOCK_T. Float32 accumulator (BLOCK_T, BLOCK_E).
+
+    Grid (NUM_BLOCKS, SPLITS): a program owns the logits of BLOCK_T tokens over split_D columns of D.
+    """
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    end_d = tl.minimum(D, (split + 1) * split_D)
+    logits = partial_logits(x_ptr, router_ptr, t, e, split * split_D, end_d, T, D, E, BLOCK_D)
+    part_ptrs = partials_ptr + t[:, None] * BLOCK_E + e[None, :]
+    part_stride = NUM_BLOCKS * BLOCK_T * BLOCK_E
+    tl.store(part_ptrs + split * part_stride, logits)
+    if PDL:
+        gdc_launch_dependents()
+    if last_to_arrive(arrivals_ptr + block, SPLITS):
+        logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+        for s in tl.static_range(SPLITS):
+            logits += tl.load(part_ptrs + s * part_stride, cache_modifier=".cg")
+        expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE)
+        if NUM_BLOCKS == 1:
+            first_row = tl.cumsum(counts, 0) - counts
+            rows = tl.gather(tl.broadcast_to(first_row[None, :], [BLOCK_T, BLOCK_E]), expert_ids, 1) + ranks
+            store_choice(expert_ids, scores, rows, t, expert_ids_ptr, scores_ptr, row_of_slot_ptr, T, TOP_K)
+            valid = (t < T)[:, None] & (tl.arange(0, TOP_K_POW2) < TOP_K)[None, :]
+            tl.store(token_of_row_ptr + rows, tl.zeros_like(rows) + t[:, None], mask=valid)
+            store_offsets(offsets_ptr, e, first_row, counts, E)
+            store_work(work_ptr, W, e, first_row, counts, 0, 1, ROW_TILE)
+        else:
+            store_choice(expert_ids, scores, ranks, t, expert_ids_ptr, scores_ptr, row_of_slot_ptr, T, TOP_K)
+            tl.store(counts_ptr + block * BLOCK_E + e, counts.to(tl.uint8))
+            if last_to_arrive(arrivals_ptr + NUM_BLOCKS, NUM_BLOCKS):
+                counts_BE, slots, exist, b, expert, rank = load_slots(
+                    0, NUM_BLOCKS, counts_ptr, expert_ids_ptr, row_of_slot_ptr, T, TOP_K, TOP_K_POW2,
+                    NUM_BLOCKS_POW2, BLOCK_T, BLOCK_E)
+                total = tl.sum(counts_BE, 0)
+                first_row = tl.cumsum(total, 0) - total
+                store_rows(first_row, counts_BE, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr,
+                           TOP_K)
+                store_offsets(offsets_ptr, e, first_row, total, E)
+                store_work(work_ptr, W, e, first_row, total, 0, 1, ROW_TILE)
+
+
+@triton.jit(do_not_specialize=["T"])
+def logits_kernel(
+    x_desc,  # (T, D), box (BLOCK_T, BLOCK_D)
+    router_desc,  # (E, D), box (BLOCK_E, BLOCK_D)
+    partials_ptr,  # (splits, T, E_PAD) float32
+    T, D, split_D,
+    E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Partial logits over split_D columns of D, a multiple of BLOCK_D. Float32 accumulator (BLOCK_T, BLOCK_E).
+
+    Grid (token blocks, E_PAD / BLOCK_E, splits).
+    """
+    if PDL:
+        gdc_launch_dependents()
+    first_t = tl.program_id(0) * BLOCK_T
+    first_e = tl.program_id(1) * BLOCK_E
+    first_d = tl.program_id(2) * split_D
+    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for d in tl.range(first_d, tl.minimum(D, first_d + split_D), BLOCK_D, num_stages=STAGES):
+        x = x_desc.load([first_t, d])
+        router = router_desc.load([first_e, d])
+        logits = tl.dot(x, router.T, logits, input_precision="ieee")
+    t = first_t + tl.arange(0, BLOCK_T)
+    e = first_e + tl.arange(0, BLOCK_E)
+    row = tl.program_id(2).to(tl.int64) * T + t
+    tl.store(partials_ptr + row[:, None] * E_PAD + e[None, :], logits, mask=(t < T)[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def choose_kernel(
+    partials_ptr,  # (SPLITS, T, BLOCK_E) float32
+    arrivals_ptr,  # (groups,) int32, zero before and after
+    counts_ptr,  # (blocks, BLOCK_E) uint8: rows of each expert in each token block
+    group_counts_ptr,  # (groups, BLOCK_E) int32: the same for GROUP blocks together
+    expert_ids_ptr,  # (T, K) int32
+    scores_ptr,  # (T, K) float32
+    ranks_ptr,  # (T, K) int32: rank of the slot among its expert's rows in its block
+    T, E,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sum of the partial logits in float32, then finish_block. Grid (token blocks,): a program owns BLOCK_T tokens."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for s in tl.static_range(SPLITS):
+        row = t.to(tl.int64) + s * T.to(tl.int64)
+        logits += tl.load(partials_ptr + row[:, None] * BLOCK_E + e[None, :], mask=(t < T)[:, None], other=0.0)
+    finish_block(logits, block, t, e, arrivals_ptr, counts_ptr, group_counts_ptr, expert_ids_ptr, scores_ptr,
+                 ranks_ptr, T, E, TOP_K, TOP_K_POW2, RENORMALIZE, GROUP)
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def logits_and_choose_kernel(
+    x_desc,  # (T, D), box (BLOCK_T, BLOCK_D)
+    router_desc,  # (E, D), box (BLOCK_E, BLOCK_D)
+    arrivals_ptr,  # (groups,) int32, zero before and after
+    counts_ptr,  # (blocks, BLOCK_E) uint8
+    group_counts_ptr,  # (groups, BLOCK_E) int32
+    expert_ids_ptr,  # (T, K) int32
+    scores_ptr,  # (T, K) float32
+    ranks_ptr,  # (T, K) int32
+    T, D, E,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Logits that never leave the registers, then finish_block. Float32 accumulator (BLOCK_T, BLOCK_E).
+
+    Grid (token blocks,): a program owns BLOCK_T tokens. With a warp for every 16 of them, a token's logits
+    lie in four threads of one warp and no reduction over experts crosses warps.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    block = tl.program_id(0)
+    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        x = x_desc.load([block * BLOCK_T, d])
+        router = router_desc.load([0, d])
+        logits = tl.dot(x, router.T, logits, input_precision="ieee")
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    finish_block(logits, block, t, e, arrivals_ptr, counts_ptr, group_counts_ptr, expert_ids_ptr, scores_ptr,
+                 ranks_ptr, T, E, TOP_K, TOP_K_POW2, RENORMALIZE, GROUP)
+
+
+@triton.jit(do_not_specialize=["T", "E", "W", "num_blocks"])
+def place_kernel(
+    counts_ptr,  # (num_blocks, BLOCK_E) uint8
+    group_counts_ptr,  # (groups, BLOCK_E) int32
+    expert_ids_ptr,  # (T, K) int32
+    row_of_slot_ptr,  # (T, K) int32: ranks within the block on entry, sorted rows on exit
+    token_of_row_ptr,  # (R,) int32
+    offsets_ptr,  # (E + 1,) int32
+    work_ptr,  # (W, 4) int32
+    T, E, W, num_blocks,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sorted rows of GROUP token blocks, and a share of the work list. Int32 throughout.
+
+    Grid (groups,): a program owns one group, and sums the counts of all groups for itself, CHUNK at a time:
+    cheaper than a launch for a scan. Program 0 also writes the offsets.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    group = tl.program_id(0)
+    num_groups = tl.num_programs(0)
+    e = tl.arange(0, BLOCK_E)
+    counts, slots, exist, b, expert, rank = load_slots(
+        group * GROUP, num_blocks, counts_ptr, expert_ids_ptr, row_of_slot_ptr, T, TOP_K, TOP_K_POW2, GROUP, BLOCK_T,
+        BLOCK_E)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    for start in tl.range(0, num_groups, CHUNK):
+        g = start + tl.arange(0, CHUNK)
+        chunk = tl.load(group_counts_ptr + g[:, None] * BLOCK_E + e[None, :], mask=(g < num_groups)[:, None], other=0)
+        total += tl.sum(chunk, 0)
+        before += tl.sum(tl.where((g < group)[:, None], chunk, 0), 0)
+    first_row = tl.cumsum(total, 0) - total
+    store_rows(first_row + before, counts, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr, TOP_K)
+    if group == 0:
+        store_offsets(offsets_ptr, e, first_row, total, E)
+    store_work(work_ptr, W, e, first_row, total, group, num_groups, ROW_TILE)
+
+
+# ---- what the three files of small kernels share ------------------------------------------------------
+
+# The kernels' tiles are made for 2-byte values; the interpreter multiplies bfloat16 wrongly.
+DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16, torch.float32)}
+SHARED_BYTES = 200 * 1024  # of an SM's 227 KB, for pipelines; the rest is for reductions
+
+
+def require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError, saying what `name` is and what it needs to be, unless it fits and is contiguous."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but needs {shape}")
+    if tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(f"{name} is {dtype_name(tensor.dtype)} on {tensor.device}, but needs {dtype_name(dtype)} "
+                         f"on {device}")
+    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        raise ValueError(f"{name} has strides {tensor.stride()} and starts at byte {tensor.data_ptr() % 16} of 16, "
+                         f"but needs to be contiguous and aligned: pass {name}.clone()")
+
+
+def require_width(letter: str, width: int) -> None:
+    """Raise ValueError unless the width is a multiple of 8: TMA wants rows of whole 16 bytes."""
+    if width % 8:
+        raise ValueError(f"{letter}={width}, but the kernels need a multiple of 8: pad the weights with zeros")
+
+
+def require_dtype(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless the kernels multiply the tensor's dtype on its device."""
+    allowed = DTYPES[tensor.device.type]
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} is {dtype_name(tensor.dtype)} on {tensor.device}, but needs "
+                         f"{' or '.join(map(dtype_name, allowed))} there")
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the H200's 132 for the interpreter, so that it runs what was measured."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@functools.cache
+def early_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it still runs (programmatic dependent launch, sm_90 on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may start early: its kernel calls gdc_wait before it reads another's results."""
+    return {"launch_pdl": True} if early_launch(device) else {}
+
+
+# ---- routing --------------------------------------------------------------------------------------------
+
+ONE_LAUNCH_TOKENS = 256
+GROUP_TOKENS = 256
+MOST_EXPERTS = 512  # a program holds the logits of 16 tokens for all experts: of more, the registers spill
+
+
+class Routing(NamedTuple):
+    """What route returns; the table at the top of the file says what each index array maps."""
+
+    expert_ids_TK: torch.Tensor
+    scores_TK: torch.Tensor
+    offsets_E1: torch.Tensor
+    token_of_row_R: torch.Tensor
+    row_of_slot_TK: torch.Tensor
+    work_W4: torch.Tensor
+
+
+class RouteTiling(NamedTuple):
+    """How route is spread over the chip."""
+
+    launches: int  # 1, 2 or 3: see the top of the file
+    block_T: int  # tokens a program picks experts for
+    warps: int
+    splits: int = 1  # parts of D
+    logits_T: int = 0  # tokens a program of logits_kernel
+
+
+def route_tiling_for(T: int, E: int, sms: int) -> RouteTiling:
+    """Enough programs to fill the chip, few enough partial sums. Measured on an H200."""
+    block_E = expert_block(E)
+    if T <= ONE_LAUNCH_TOKENS:
+        splits = min(16 if E <= 32 else 8, sms // triton.cdiv(T, 16))
+        return RouteTiling(1, 16, 8 if T <= 64 or E > 256 else 4, max(1, splits))
+    if block_E <= 128 and triton.cdiv(T, 64) > 0.75 * sms:
+        return RouteTiling(2, 64, 4)  # two programs an SM: one loads while the other chooses
+    logits_T = 128 if T >= 8192 else 64
+    splits = max(1, min(8, sms // triton.cdiv(T, logits_T) // triton.cdiv(block_E, 256)))
+    block_T, warps = (16, 4) if block_E <= 128 else (32, 8) if block_E == 256 else (16, 8)
+    return RouteTiling(3, block_T, warps, splits, logits_T)
+
+
+def expert_block(E: int) -> int:
+    """Experts rounded up to what tl.dot and tl.arange take."""
+    return max(16, triton.next_power_of_2(E))
+
+
+def work_entries(R: int, E: int, row_tile: int) -> int:
+    """W: the most row tiles that R rows can need, however they fall on E experts, and one entry for their number."""
+    busy = min(E, R)
+    return busy + (R - busy) // row_tile + 1
+
+
+def new_arrivals(device: torch.device | str) -> torch.Tensor:
+    """Counters that every call of route leaves at zero. Calls that share them must not overlap."""
+    return torch.zeros(1 << 14, dtype=torch.int32, device=device)
+
+
+def scores_sum_to_one(cfg: MoEConfig) -> bool:
+    """`renormalize` for route: a softmax over the chosen logits is the renormalized softmax over all."""
+    return cfg.renormalize or cfg.scoring == "topk_softmax"
+
+
+def route(
+    x_TD: torch.Tensor,
+    router_ED: torch.Tensor,
+    K: int,
+    arrivals_A: torch.Tensor,
+    row_tile: int,
+    renormalize: bool = True,
+    tiling: RouteTiling | None = None,
+) -> Routing:
+    """Each token's K experts and scores, and the index arrays that sort the R = T*K rows by expert.
+
+    x_TD (T, D), T >= 0, and router_ED (E, D): contiguous, one dtype of DTYPES, D a multiple of 8. arrivals_A from
+    new_arrivals. row_tile is what the reader of work_W4 calls a row tile. Scores are the softmax over all E experts,
+    divided by the sum of the chosen ones if `renormalize`. Raises ValueError where arguments do not fit.
+    """
+    (T, D), (E, _), device = x_TD.shape, router_ED.shape, x_TD.device
+    R = T * K
+    require_dtype("x_TD", x_TD)
+    require("x_TD", x_TD, (T, D), x_TD.dtype, device)
+    require("router_ED", router_ED, (E, D), x_TD.dtype, device)
+    require_width("D", D)
+    if not 1 <= K <= E <= MOST_EXPERTS:
+        raise ValueError(f"K={K} and E={E}, but route needs 1 <= K <= E <= {MOST_EXPERTS}")
+    if max(R, T + GROUP_TOKENS) >= 2**31 or triton.cdiv(T, GROUP_TOKENS) > arrivals_A.numel():
+        raise ValueError(f"T={T} and K={K}, but route takes at most {GROUP_TOKENS * arrivals_A.numel()} tokens and "
+                         f"2**31 rows a call: split the batch")
+
+    def int32(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    W = work_entries(R, E, row_tile)
+    out = Routing(int32(T, K), torch.empty(T, K, dtype=torch.float32, device=device), int32(E + 1), int32(R),
+                  int32(T, K), int32(W, 4))
+    if T == 0:
+        out.offsets_E1.zero_()
+        out.work_W4.zero_()
+        return out
+
+    tiling = tiling or route_tiling_for(T, E, sm_count(device))
+    block_T, block_E = tiling.block_T, expert_block(E)
+    # The one launch has three stages of the router's rows in shared memory.
+    block_D = 64 if tiling.launches > 1 else min(128, 2**16 // (block_E * x_TD.element_size()))
+    num_blocks = triton.cdiv(T, block_T)
+    split_D = triton.cdiv(triton.cdiv(D, tiling.splits), block_D) * block_D
+    splits = triton.cdiv(D, split_D)
+    counts_BE = torch.empty(num_blocks, block_E, dtype=torch.uint8, device=device)
+    choice = (out.expert_ids_TK, out.scores_TK, out.row_of_slot_TK)
+    common = dict(TOP_K=K, TOP_K_POW2=triton.next_power_of_2(K), BLOCK_T=block_T, BLOCK_E=block_E,
+                  PDL=early_launch(device))
+
+    if tiling.launches == 1:
+        partials_SBE = torch.empty(splits, num_blocks * block_T, block_E, dtype=torch.float32, device=device)
+        route_and_place_kernel[num_blocks, splits](
+            x_TD, router_ED, partials_SBE, arrivals_A, counts_BE, *choice, out.token_of_row_R, out.offsets_E1,
+            out.work_W4, T, D, E, W, split_D, RENORMALIZE=renormalize, ROW_TILE=row_tile, NUM_BLOCKS=num_blocks,
+            NUM_BLOCKS_POW2=triton.next_power_of_2(num_blocks), SPLITS=splits, BLOCK_D=block_D,
+            num_warps=tiling.warps, **common)
+        return out
+
+    group = GROUP_TOKENS // block_T
+    groups = triton.cdiv(num_blocks, group)
+    group_counts_GE = int32(groups, block_E)
+    shared = arrivals_A, counts_BE, group_counts_GE, *choice
+    logits_T, logits_E = tiling.logits_T or block_T, min(256, block_E)
+    # As many stages as fit: of one program an SM, or of two where each also chooses.
+    pipeline_bytes = SHARED_BYTES if tiling.launches == 3 else SHARED_BYTES // 2
+    stages = min(8, pipeline_bytes // ((logits_T + logits_E) * block_D * x_TD.element_size()))
+    x_desc = TensorDescriptor.from_tensor(x_TD, [logits_T, block_D])
+    router_desc = TensorDescriptor.from_tensor(router_ED, [logits_E, block_D])
+    if tiling.launches == 2:
+        logits_and_choose_kernel[(num_blocks,)](
+            x_desc, router_desc, *shared, T, D, E, RENORMALIZE=renormalize, GROUP=group, BLOCK_D=block_D,
+            STAGES=stages, num_warps=tiling.warps, **common)
+    else:
+        partials_STE = torch.empty(splits, T, block_E, dtype=torch.float32, device=device)
+        logits_kernel[triton.cdiv(T, logits_T), block_E // logits_E, splits](
+            x_desc, router_desc, partials_STE, T, D, split_D, E_PAD=block_E, BLOCK_T=logits_T, BLOCK_E=logits_E,
+            BLOCK_D=block_D, STAGES=stages, PDL=common["PDL"], num_warps=8 if logits_T * logits_E >= 16384 else 4)
+        choose_kernel[(num_blocks,)](
+            partials_STE, *shared, T, E, RENORMALIZE=renormalize, SPLITS=splits, GROUP=group,
+            num_warps=tiling.warps, **common, **launch_options(device))
+    place_kernel[(groups,)](
+        counts_BE, group_counts_GE, out.expert_ids_TK, out.row_of_slot_TK, out.token_of_row_R, out.offsets_E1,
+        out.work_W4, T, E, W, num_blocks, ROW_TILE=row_tile, GROUP=group, CHUNK=max(4, 8192 // block_E), num_warps=8,
+        **common, **launch_options(device))
+    return out
