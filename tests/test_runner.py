@@ -62,6 +62,23 @@ def run(tmp_path: Path, *arguments: str, levels=None) -> tuple[int, list]:
     return status, load(files[0]) if files else []
 
 
+@pytest.fixture(autouse=True)
+def draw_nothing(request, monkeypatch):
+    """Charts have tests of their own; drawing all recorded ones after each run here would take minutes."""
+    if "draws" not in request.keywords:
+        monkeypatch.setattr(level_runner, "draw", lambda *_: None)
+
+
+@pytest.mark.draws
+def test_without_a_gpu_the_recorded_charts_are_drawn(tmp_path, capsys):
+    if DEVICE.type == "cuda":
+        pytest.skip("with a GPU its own charts are drawn")
+    run(tmp_path, "--quick", levels=[GOOD])
+    recorded = {path.stem for path in level_runner.RECORDED.glob("*.json")}
+    assert {path.stem.removesuffix("_ladder") for path in tmp_path.glob("*_ladder.png")} == recorded
+    assert "The charts of the recorded GPU runs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fault", BAD)
 def test_a_red_level_gets_no_time_and_a_red_exit(fault, tmp_path):
     level, reason = BAD[fault]
@@ -155,7 +172,6 @@ BAD_INPUT = [
     (["--rounds", "0"], "--rounds 0"),
     (["--preset", "tiny", "--shape", "8,16,16,4,2"], "give one of them"),
     (["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
-    (["--plot", "missing.json"], "--plot missing.json: no such file"),
 ]
 
 
@@ -164,6 +180,12 @@ def test_bad_input_is_named_before_any_work(arguments, message, capsys, monkeypa
     monkeypatch.setattr(level_runner, "run_workload", lambda *_: pytest.fail("work started"))
     assert level_runner.main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.draws
+def test_a_missing_results_file_is_named(capsys):
+    assert level_runner.main(["--plot", "missing.json"]) == 2
+    assert "--plot missing.json: no such file" in capsys.readouterr().err
 
 
 def test_a_dtype_that_the_gpu_lacks(monkeypatch, capsys):
@@ -208,6 +230,7 @@ def test_nan_in_a_weight_is_found_and_named(tmp_path, monkeypatch, capsys):
     assert "down_EDF holds 1 NaN or infinite values" in capsys.readouterr().err
 
 
+@pytest.mark.draws
 def test_results_of_another_schema_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
     run(tmp_path, levels=[GOOD])
     (path,) = tmp_path.glob("*_tiny.json")
