@@ -16,6 +16,7 @@ from common.level import Level, Loaded, discover
 from common.measure import Ceilings, Spread, WallClock, gate, interleave
 from common.model import make_inputs, make_weights, oracle
 from common.peers import Peer
+from common.profile import named_ranges
 from common.results import load
 from common.run import Interrupted, run_workload
 from common.show import Screen
@@ -261,6 +262,17 @@ def test_profile_writes_a_trace_with_the_seams(tmp_path, capsys):
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert status == 0
     assert {"level4", "level4.route", "level4.dispatch", "level4.experts", "level4.combine"} <= names
+
+
+def test_profiling_ranges_do_not_break_a_compiled_level():
+    cfg = preset("tiny")
+    weights = make_weights(cfg, torch.float32, DEVICE)
+    batched = discover()[1]
+    x_TD = make_inputs(Workload(cfg, 4, torch.float32), weights)
+    with named_ranges(batched):
+        compiled = torch.compile(batched.build(cfg, weights), fullgraph=True, backend="eager")
+        assert compiled(x_TD).shape == x_TD.shape
+    assert batched.module.route.__name__ == "route", "the ranges must be taken off again"
 
 
 def test_quick_is_one_small_run_without_references(tmp_path):
