@@ -30,7 +30,8 @@ class Claims:
     """What a level promises beyond the right answer, each checked by a test that can fail.
 
     host_syncs: times one call makes the host wait. max_launches: host calls that put work on the
-    GPU, at any T and E. repeatable: two runs agree bit for bit. None claims nothing.
+    GPU, at any E, and any T whose tensors hold under 2**31 values: PyTorch splits larger ones.
+    repeatable: two runs agree bit for bit. None claims nothing.
     """
 
     host_syncs: int | None = None
