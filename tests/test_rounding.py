@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from common.config import MoEConfig, Workload
 from common.measure import error_bound, relative_error
 from common.model import Weights, make_inputs, make_weights
-from labs.hopper import rounding
+from labs.kernels import rounding
 from tests.cases import LEVELS
 from tests.machine_code import ROOT, Request, compile_all
 
@@ -474,7 +474,7 @@ def requests(name: str, T: int, E: int, K: int) -> list[Request]:
         arguments = [one for one in getattr(rounding, function).arg_names if one not in constants[kernel]]
         signature = {one: types.get(one, "*i32" if one.endswith("_ptr") else "i32") for one in arguments}
         aligned = tuple(one for one in arguments if one != "round_up_from")
-        made.append(Request(f"{kernel} {name}", "labs.hopper.rounding", function, signature, constants[kernel], aligned,
+        made.append(Request(f"{kernel} {name}", "labs.kernels.rounding", function, signature, constants[kernel], aligned,
                             warps.get(kernel, 8), 3))
     return made
 
@@ -500,7 +500,7 @@ import torch
 import torch.utils._triton
 torch.utils._triton.has_triton = lambda: True  # without a GPU too, a kernel is to be traced as a kernel
 from common.config import MoEConfig
-from labs.hopper import rounding
+from labs.kernels import rounding
 cfg = MoEConfig("case", D=64, F=8, E=8, K=2)
 found = []
 

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from labs.hopper.grouped_gemm import (
+from labs.kernels.grouped_gemm import (
     _ACC,
     _BLOCK_K,
     _BLOCK_N,

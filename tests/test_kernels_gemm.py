@@ -1,6 +1,6 @@
-"""The grouped GEMMs of labs/hopper: tile plan and layouts anywhere, machine code without a GPU, answers on one.
+"""The grouped GEMMs of labs/kernels: tile plan and layouts anywhere, machine code without a GPU, answers on one.
 
-python -m pytest tests/test_hopper_gemm.py
+python -m pytest tests/test_kernels_gemm.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.hopper import grouped_gemm, plain_gemm, tall_gemm
+from labs.kernels import grouped_gemm, plain_gemm, tall_gemm
 from tests.cases import Case
 from tests.machine_code import ROOT, Compiled, Request, _compile
 
@@ -34,7 +34,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def child(*arguments: str, text: str = "", timeout: int = 240) -> str:
     """This file's main in a process of its own, without the interpreter. A deadlocked kernel ends with it."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "tests.test_hopper_gemm", *arguments], cwd=ROOT, env=env, input=text,
+    done = subprocess.run([sys.executable, "-m", "tests.test_kernels_gemm", *arguments], cwd=ROOT, env=env, input=text,
                           text=True, capture_output=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -259,7 +259,7 @@ def request(kernel: str, sizes_divide_by_128: bool) -> Request:
     file, signature = KERNELS[kernel]
     aligned = tuple(name for name, kind in signature.items()
                     if kind.startswith("*") or (sizes_divide_by_128 and name in ("D8", "F8")))
-    return Request(f"{kernel} {sizes_divide_by_128}", f"labs.hopper.{file}", kernel, signature, {}, aligned, 4, 3)
+    return Request(f"{kernel} {sizes_divide_by_128}", f"labs.kernels.{file}", kernel, signature, {}, aligned, 4, 3)
 
 
 def compile_one(one: Request) -> Compiled:
@@ -317,7 +317,7 @@ def plain_request(kernel: str, sm: int) -> Request:
     constants = {"load_weights": "tma_weights" if tile.tma else "pointer_weights",
                  "BLOCK_M": tile.block_M, "BLOCK_N": tile.block_N, "BLOCK_K": tile.block_K}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return Request(f"{kernel} sm_{sm}", "labs.hopper.plain_gemm", kernel, signature, constants, aligned,
+    return Request(f"{kernel} sm_{sm}", "labs.kernels.plain_gemm", kernel, signature, constants, aligned,
                    tile.warps, tile.stages, sm)
 
 

@@ -1,4 +1,4 @@
-"""The layer of labs/hopper against the float64 oracle: python -m pytest tests/test_hopper_layer.py"""
+"""The layer of labs/kernels against the float64 oracle: python -m pytest tests/test_kernels_layer.py"""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import Oracle, make_inputs, make_weights, oracle
-from labs.hopper import layer
-from labs.hopper.rounding import dense_scores, plan_rounding, round_tokens
+from labs.kernels import layer
+from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
 from tests.cases import CASES
 
 DTYPES = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float32, torch.float16]

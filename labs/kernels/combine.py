@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.hopper.routing import early_launch, launch_options, require, require_width
+from labs.kernels.routing import early_launch, launch_options, require, require_width
 
 import triton  # after common.level, which routing imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl

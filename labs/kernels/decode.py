@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from labs.hopper.routing import (
+from labs.kernels.routing import (
     SHARED_BYTES, early_launch, launch_options, require, require_dtype, require_width, sm_count, work_entries,
 )
 

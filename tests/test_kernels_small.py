@@ -1,4 +1,4 @@
-"""Routing, decode GEMMs and combine of labs/hopper: python -m pytest tests/test_hopper_small.py"""
+"""Routing, decode GEMMs and combine of labs/kernels: python -m pytest tests/test_kernels_small.py"""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from common.config import MoEConfig, Workload, preset
 from common.measure import Gate, gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.hopper import combine, decode, routing
-from labs.hopper.decode import Tiles, Tiling
-from labs.hopper.routing import RouteTiling
+from labs.kernels import combine, decode, routing
+from labs.kernels.decode import Tiles, Tiling
+from labs.kernels.routing import RouteTiling
 from tests.cases import CASES, Case
 from tests.machine_code import Compiled, Request, compile_all
 
@@ -427,7 +427,7 @@ ROUTE_SHAPES = {
 
 
 class Launches:
-    """Stands in for kernels of labs/hopper: notes what their launchers pass instead of launching."""
+    """Stands in for kernels of labs/kernels: notes what their launchers pass instead of launching."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.requests: dict[str, Request] = {}

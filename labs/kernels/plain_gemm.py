@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from labs.hopper.grouped_gemm import TilePlan, check, check_gemm
+from labs.kernels.grouped_gemm import TilePlan, check, check_gemm
 
 # T tokens, D model width, F expert width, E experts, K top-k, R routed rows. A tensor's suffix is its shape: x_TD is
 # (T, D). In kernels M, N and K are the GEMM tile's axes.

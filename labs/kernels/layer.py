@@ -21,12 +21,12 @@ import torch
 
 from common.config import MoEConfig
 from common.model import Weights
-from labs.hopper import decode
-from labs.hopper.combine import combine
-from labs.hopper.grouped_gemm import interleave_gate_up, plan_tiles
-from labs.hopper.plain_gemm import PlainTile, plain_down, plain_up, tile_for
-from labs.hopper.rounding import combine_rounded, plan_rounding, round_tokens
-from labs.hopper.routing import new_arrivals, route, scores_sum_to_one, sm_count
+from labs.kernels import decode
+from labs.kernels.combine import combine
+from labs.kernels.grouped_gemm import interleave_gate_up, plan_tiles
+from labs.kernels.plain_gemm import PlainTile, plain_down, plain_up, tile_for
+from labs.kernels.rounding import combine_rounded, plan_rounding, round_tokens
+from labs.kernels.routing import new_arrivals, route, scores_sum_to_one, sm_count
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows, C rows after rounding at most.
 
