@@ -426,7 +426,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("right", "wrong"), FAULTS.values(), ids=[name.replace(" ", "_") for name in FAULTS])
 def test_a_planted_fault_is_caught(right, wrong, tmp_path, device, request):
-    source = (ROOT / "labs" / "hopper" / "rounding.py").read_text()
+    source = (ROOT / "labs" / "kernels" / "rounding.py").read_text()
     assert source.count(right) == 1, "the fault's line is gone, or no longer alone: plant it anew"
     path = tmp_path / "rounding_faulty.py"
     path.write_text(source.replace(right, wrong))
@@ -474,8 +474,8 @@ def requests(name: str, T: int, E: int, K: int) -> list[Request]:
         arguments = [one for one in getattr(rounding, function).arg_names if one not in constants[kernel]]
         signature = {one: types.get(one, "*i32" if one.endswith("_ptr") else "i32") for one in arguments}
         aligned = tuple(one for one in arguments if one != "round_up_from")
-        made.append(Request(f"{kernel} {name}", "labs.kernels.rounding", function, signature, constants[kernel], aligned,
-                            warps.get(kernel, 8), 3))
+        made.append(Request(f"{kernel} {name}", "labs.kernels.rounding", function, signature, constants[kernel],
+                            aligned, warps.get(kernel, 8), 3))
     return made
 
 

@@ -1,1 +1,1 @@
-"""The kernels of the Hopper level, one job a file: routing, the decode GEMMs, combine."""
+"""Kernels of the upper rungs, one job a file: routing, rounding, GEMMs for few rows and for many, combine."""
