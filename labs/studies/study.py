@@ -1,0 +1,264 @@
+"""What every study shares: its command line, the JSON it leaves, its charts drawn from that JSON alone.
+
+A study is a file with `STUDY = Study(...)`: a question, `measure` (options -> figures that JSON can hold), and three
+functions of these figures: `table`, `draw`, and `conclude`, whose sentence is computed and so cannot outlive them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.charts import STYLE
+from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
+from common.measure import Spread, WallClock, environment, interleave
+from common.results import gpu_slug
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[2]
+COLORS = ("#2a6fbb", "#d1495b", "#2e933c", "#e9a03b", "#7b5ea7", "#4fb3bf", "#7a7f87", "#a0522d")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a study is asked for. `full`: the sizes of a GPU, else sizes that take seconds on a CPU. `say`: prints a
+    line of progress. `args`: the study's own arguments."""
+
+    device: torch.device
+    full: bool
+    say: Callable[[str], None]
+    args: argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question. measure(options) -> figures; table(figures) -> what to print; draw(figures, caption) -> file name
+    suffix -> chart; conclude(figures) -> the sentence that they support; label(figures) -> what tells apart two
+    recordings on one machine; arguments(parser) adds the study's own."""
+
+    name: str
+    question: str
+    measure: Callable[[Options], dict]
+    table: Callable[[dict], list[Table | str]]
+    draw: Callable[[dict, str], dict[str, Figure]]
+    conclude: Callable[[dict], str]
+    label: Callable[[dict], str] = lambda figures: ""
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+def main(study: Study, argv: list[str] | None = None) -> int:
+    """Measure, print, save and draw; or `--plot FILE`: draw again. Returns the exit status: 2 for bad input, 1 where
+    the study cannot run or refuses."""
+    args = parse_arguments(study, argv)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    try:
+        if args.plot:
+            record = load(args.plot, study)
+            out = args.out or args.plot.parent
+        else:
+            device = torch.device(args.device)
+            options = Options(device, device.type == "cuda" and not args.quick, Progress(study.name), args)
+            console.print(f"[bold]{study.name}[/]: {study.question}")
+            stamp = environment(device)
+            record = make_record(study, study.measure(options), stamp)
+            out = args.out or default_folder(device)
+            path = save(record, study, out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Unsupported, Refused) as refusal:
+        print(f"{study.name}: {refusal}", file=sys.stderr)
+        return 1
+    figures = record["figures"]
+    for part in study.table(figures):
+        console.print(part)
+    if not args.plot:
+        console.print(f"written: {shown(path)}")
+    for path in draw(record, study, out):
+        console.print(f"written: {shown(path)}")
+    console.print(f"\n{study.conclude(figures)}")
+    return 0
+
+
+class Refused(RuntimeError):
+    """A study's inputs lead to a result that cannot be; the message says by how much."""
+
+
+class Progress:
+    """`say(text)`: a line of progress on standard error, so that it mixes with no table."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, text: str) -> None:
+        print(f"{self.name}: {text} ...", file=sys.stderr, flush=True)
+
+
+def parse_arguments(study: Study, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments that all studies share, and this study's own."""
+    parser = argparse.ArgumentParser(description=study.question)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: the GPU if there is one")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, as on a CPU")
+    parser.add_argument("--out", type=Path, help="folder for JSON and charts (default: plots/studies with a GPU, "
+                                                 "out/studies without)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw this JSON's charts again, measure nothing")
+    study.arguments(parser)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available() and not args.plot:
+        parser.error("--device cuda: PyTorch sees no GPU here, use --device cpu")
+    return args
+
+
+def default_folder(device: torch.device) -> Path:
+    """plots/studies for recorded GPU figures; a CPU's go to out/studies, which git ignores."""
+    return ROOT / ("plots" if device.type == "cuda" else "out") / "studies"
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    return os.path.relpath(path)
+
+
+# ---- the JSON ------------------------------------------------------------------------------------
+
+def make_record(study: Study, figures: dict, stamp: dict) -> dict:
+    """What the JSON holds. A study that measured nothing itself brings the stamp of what it read."""
+    stamp = figures.pop("environment", stamp)
+    record = {"schema": SCHEMA, "study": study.name, "question": study.question, "environment": stamp,
+              "figures": figures, "conclusion": study.conclude(figures)}
+    return json.loads(json.dumps(record))  # what is drawn and said first is what can be read back
+
+
+def save(record: dict, study: Study, folder: Path) -> Path:
+    """Write a record as <gpu>_<study>[_<label>].json; the file is replaced whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    label = study.label(record["figures"])
+    slug = gpu_slug(record["environment"])
+    path = folder / f"{slug}_{study.name}{'_' + label if label else ''}.json"
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(scratch, path)
+    return path
+
+
+def load(path: Path, study: Study) -> dict:
+    """A record of this study. Raises ValueError, naming the file, if it is another's or no record at all."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--plot {path}: cannot be read as JSON ({error})") from error
+    found = record.get("study") if isinstance(record, dict) else None
+    if found != study.name or record.get("schema") != SCHEMA:
+        raise ValueError(f"--plot {path}: holds study {found!r}, this draws {study.name!r} of schema {SCHEMA}")
+    return record
+
+
+# ---- charts --------------------------------------------------------------------------------------
+
+def draw(record: dict, study: Study, folder: Path) -> list[Path]:
+    """All of the study's charts, PNG and SVG, from the record alone. Returns the files written."""
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    label = study.label(record["figures"])
+    stem = f"{gpu_slug(record['environment'])}_{study.name}{'_' + label if label else ''}"
+    with plt.rc_context(STYLE):
+        for suffix, fig in study.draw(record["figures"], caption(record["environment"])).items():
+            for ending in ("png", "svg"):
+                path = folder / f"{stem}{'_' + suffix if suffix else ''}.{ending}"
+                fig.savefig(path, metadata={"Date": None} if ending == "svg" else None)
+                written.append(path)
+            plt.close(fig)
+    return written
+
+
+def caption(stamp: dict) -> str:
+    """GPU, versions, commit, date."""
+    return (f"{stamp['gpu']}, torch {stamp['torch']}, Triton {stamp['triton']}  |  commit {stamp['commit']}, "
+            f"{stamp['date']}")
+
+
+def figure(title: str, under: str, columns: int = 1, widths: list[float] | None = None,
+           rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A 16:9 figure with a title above, a caption under it, and its axes row by row."""
+    fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                             gridspec_kw={"width_ratios": widths or [1] * columns})
+    fig.suptitle(title, fontsize=26, fontweight="bold")
+    fig.supxlabel(under, fontsize=12, color="#555")
+    return fig, list(axes.flat)
+
+
+def spread_line(ax: Axes, xs: list, spreads: list[dict | None], label: str, color: str, **style: object) -> None:
+    """A line through medians with its p20 to p80 shaded; points without a figure are left out."""
+    known = [(x, spread) for x, spread in zip(xs, spreads, strict=True) if spread is not None]
+    if not known:
+        return
+    places = [x for x, _ in known]
+    ax.plot(places, [spread["p50"] for _, spread in known], "o-", color=color, label=label, gid=label, lw=3, ms=9,
+            **style)
+    ax.fill_between(places, [s["p20"] for _, s in known], [s["p80"] for _, s in known], color=color, alpha=0.2, lw=0)
+
+
+def plain_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
+    """A rich table whose first column is text and whose others are figures."""
+    table = Table(title=title, title_justify="left")
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+class GpuClock:
+    """Milliseconds between two events on the GPU around one call, with a cold L2: what kernels take, without the
+    host's part. L2 is overwritten several times, so that the host is ahead by then. On a CPU: wall time."""
+
+    def __init__(self, device: torch.device):
+        self.wall = WallClock(device)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        if not self.wall.on_gpu:
+            return self.wall(call)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(4):
+            self.wall.flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def time_together(calls: dict[str, Callable[[], object]], clock: WallClock | GpuClock, rounds: int,
+                  seconds_each: float = 1.0) -> dict[str, dict[str, float]]:
+    """Warm every call, then time all in interleaved rounds: name -> {p20, p50, p80} milliseconds. A call that would
+    take over `seconds_each` is timed in fewer rounds, at least three."""
+    for call in calls.values():
+        clock(call)
+    *_, samples = interleave(list(calls.values()), rounds, clock, seconds_each)
+    return {name: vars(Spread.of(taken)) for name, taken in zip(calls, samples, strict=True)}
+
+
+def rate(amount: float, milliseconds: dict[str, float] | None) -> dict[str, float] | None:
+    """amount / 1e9 a millisecond, so TFLOP/s from FLOPs and TB/s from bytes; the fastest round gives p80."""
+    if milliseconds is None:
+        return None
+    return {"p20": amount / milliseconds["p80"] / 1e9, "p50": amount / milliseconds["p50"] / 1e9,
+            "p80": amount / milliseconds["p20"] / 1e9}
