@@ -1,0 +1,241 @@
+"""OptimizedMoELayer: what the ladder found, as an nn.Module to take away.
+
+    moe = OptimizedMoELayer(hidden_dim=2048, ffn_dim=768, num_experts=128, top_k=8)
+    output, aux_loss = moe(x, return_aux_loss=True)      # training: add aux_loss to the task's loss
+    output = moe(x)                                       # x (batch, sequence, hidden) or (tokens, hidden)
+
+    router -> capacity, token rounding -> experts (one of three backends) -> + shared expert
+
+The parts stand in labs/moe_layer, one idea a file: router, losses, admission (capacity and rounding), experts (the
+backends), statistics, inference, huggingface. Parameters are named and shaped as in Hugging Face transformers 5.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+import common.level  # noqa: F401  (picks Triton's interpreter where there is no GPU)
+from common.config import MoEConfig, dtype_name
+from labs.kernels.rounding import MODES, plan_rounding
+from labs.moe_layer.admission import Admitted, drop_over_capacity, round_choice
+from labs.moe_layer.experts import BACKENDS, Backend, Experts, choose_backend
+from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
+from labs.moe_layer.router import Choice, Router
+from labs.moe_layer.statistics import LoadRecorder, LoadStats
+
+# T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
+
+ROUNDINGS = tuple(mode for mode in MODES if mode != "exact")
+
+
+class SharedExpert(nn.Module):
+    """A SwiGLU expert that every token goes through (DeepSeek-V3, arXiv 2412.19437)."""
+
+    def __init__(self, hidden_dim: int, ffn_dim: int, **made):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_dim, ffn_dim, bias=False, **made)
+        self.up_proj = nn.Linear(hidden_dim, ffn_dim, bias=False, **made)
+        self.down_proj = nn.Linear(ffn_dim, hidden_dim, bias=False, **made)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class OptimizedMoELayer(nn.Module):
+    """A SwiGLU mixture of experts.
+
+    tile_size, token_rounding: with one of `nearest`, `up`, `down`, `balance`, training rounds every expert's rows to
+        whole GEMM tiles (level 7); off by default, and off by itself, with a warning, where a batch is too small.
+        Evaluation is always exact: rounding looks at the whole batch, so it is not causal.
+    capacity_factor: in training an expert keeps the ceil(factor * T*K/E) rows with the best scores; what is dropped
+        passes as zero. None drops nothing. eval_capacity_factor is the same for evaluation.
+    adaptive_capacity: capacity_factor is where training starts; the factor then follows the running mean of the
+        largest load over the mean, between 1 and twice capacity_factor.
+    use_io_overlap: level 8's and 9's kernels where they run; off is level 4's path.
+    load_balance_weight, z_loss_weight: weights of the two terms of aux_loss.
+    bias_update_rate: above 0, a bias moves with the load at each update_bias() (loss-free balancing).
+    gradient_checkpointing: keep x, scores and ids for backward, and compute the experts' forward again.
+    shared_ffn_dim: width of a shared expert, 0 for none.
+    backend: `auto`, or one of `kernels`, `grouped`, `loop` by name.
+    balance_group: process group over which loads are summed for the balance loss and update_bias(); None counts this
+        process's alone. With a group the loss is the whole batch's, as one process would have it.
+    The router's options are those of labs/moe_layer/router.py.
+
+    Raises ValueError, naming the argument, for what cannot be; common.level.Unsupported for a backend that does not
+    run here.
+    """
+
+    def __init__(self, hidden_dim: int, ffn_dim: int, num_experts: int, top_k: int, tile_size: int = 128,
+                 capacity_factor: float | None = 1.25, use_io_overlap: bool = True, load_balance_weight: float = 0.01,
+                 gradient_checkpointing: bool = False, *, token_rounding: str | None = None,
+                 eval_capacity_factor: float | None = None, adaptive_capacity: bool = False,
+                 z_loss_weight: float = 0.0, bias_update_rate: float = 0.0, scoring: str = "softmax_topk",
+                 renormalize: bool = True, temperature: float = 1.0, noise_std: float = 0.0, num_groups: int = 1,
+                 top_groups: int | None = None, score_scale: float = 1.0, shared_ffn_dim: int = 0,
+                 backend: str = "auto", balance_group: object | None = None,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        for name, size in (("hidden_dim", hidden_dim), ("ffn_dim", ffn_dim), ("num_experts", num_experts),
+                           ("top_k", top_k), ("tile_size", tile_size)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size!r}: a whole number of at least 1")
+        if top_k > num_experts:
+            raise ValueError(f"top_k={top_k} is more than num_experts={num_experts}: a token cannot choose one twice")
+        if token_rounding is not None and token_rounding not in ROUNDINGS:
+            raise ValueError(f"token_rounding={token_rounding!r} is unknown: None, or one of {', '.join(ROUNDINGS)}")
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if factor is not None and not factor > 0:
+                raise ValueError(f"{name}={factor}: above 0, or None to drop nothing")
+        if adaptive_capacity and capacity_factor is None:
+            raise ValueError("adaptive_capacity=True needs a capacity_factor to start from, not None")
+        for name, weight in (("load_balance_weight", load_balance_weight), ("z_loss_weight", z_loss_weight),
+                             ("bias_update_rate", bias_update_rate)):
+            if not weight >= 0:
+                raise ValueError(f"{name}={weight}: at least 0")
+        if not isinstance(shared_ffn_dim, int) or shared_ffn_dim < 0:
+            raise ValueError(f"shared_ffn_dim={shared_ffn_dim!r}: a whole number, 0 for no shared expert")
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is unknown: auto, or one of {', '.join(BACKENDS)}")
+        if backend == "loop" and token_rounding is not None:
+            raise ValueError("backend='loop' goes by top-k slots: token_rounding needs 'grouped' or 'kernels'")
+        self.hidden_dim, self.ffn_dim, self.num_experts, self.top_k = hidden_dim, ffn_dim, num_experts, top_k
+        self.tile_size, self.token_rounding = tile_size, token_rounding
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.adaptive_capacity = adaptive_capacity
+        self.use_io_overlap, self.wanted_backend = use_io_overlap, backend
+        self.load_balance_weight, self.z_loss_weight = load_balance_weight, z_loss_weight
+        self.bias_update_rate, self.balance_group = bias_update_rate, balance_group
+        self.gradient_checkpointing = gradient_checkpointing
+        made = {"device": device, "dtype": dtype}
+        self.gate = Router(hidden_dim, num_experts, top_k, scoring, renormalize, temperature, noise_std, num_groups,
+                           top_groups, score_scale, with_bias=bias_update_rate > 0, **made)
+        self.experts = Experts(hidden_dim, ffn_dim, num_experts, **made)
+        self.shared_experts = SharedExpert(hidden_dim, shared_ffn_dim, **made) if shared_ffn_dim else None
+        # What token rounding must know of the layer.
+        self._config = MoEConfig("layer", hidden_dim, ffn_dim, num_experts, top_k,
+                                 "topk_softmax" if scoring == "topk_softmax" else "softmax_topk", renormalize)
+        self.recorder = LoadRecorder(tile_size)
+        self._observed_factor: torch.Tensor | None = None
+        self._since_update_E: torch.Tensor | None = None
+        if backend == "kernels" and not torch.cuda.is_available():
+            self.backend  # noqa: B018  (raises, saying what is missing)
+
+    # ---- what runs -------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> Backend:
+        """(name, reason): the path that a forward takes on the device and in the dtype that the weights have now.
+        Raises Unsupported if a backend was asked for by name that does not run here."""
+        weight = self.experts.down_proj
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return choose_backend(self.wanted_backend, self.use_io_overlap, weight.device, dtype, self.hidden_dim,
+                              self.ffn_dim, self.num_experts)
+
+    def forward(self, x: torch.Tensor, return_aux_loss: bool = False) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """x (B, S, D) or (T, D), T >= 0, in the weights' dtype (any, under autocast) -> output of x's shape; with
+        return_aux_loss also the 0-d float32 load_balance_weight * balance + z_loss_weight * z."""
+        self._check(x)
+        x_TD = x.reshape(-1, self.hidden_dim)
+        choice = self.gate(x_TD)
+        chosen_E = count_rows(choice.expert_ids_TK, self.num_experts)
+        admitted, computed_E = self._admit(choice, chosen_E)
+        out_TD = self.experts(x_TD, admitted, self.backend.name, self.gradient_checkpointing)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        self.recorder.record(chosen_E, computed_E, running=self.training)
+        if self.training and self.bias_update_rate:
+            self._since_update_E = chosen_E if self._since_update_E is None else self._since_update_E + chosen_E
+        output = out_TD.view(x.shape)
+        return (output, self._aux_loss(choice, chosen_E)) if return_aux_loss else output
+
+    def _check(self, x: torch.Tensor) -> None:
+        if x.dim() not in (2, 3) or x.shape[-1] != self.hidden_dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}: give (tokens, {self.hidden_dim}) or "
+                             f"(batch, sequence, {self.hidden_dim})")
+        weight = self.experts.down_proj
+        if x.device != weight.device:
+            raise ValueError(f"x is on {x.device}, the layer on {weight.device}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x is {dtype_name(x.dtype)}, the layer {dtype_name(weight.dtype)}: convert one, or use "
+                             "torch.autocast")
+
+    def _admit(self, choice: Choice, chosen_E: torch.Tensor) -> tuple[Admitted, torch.Tensor]:
+        """The rows to compute, and how many each expert gets, (E,) int64."""
+        T, ids_TK, computed_E = choice.expert_ids_TK.shape[0], choice.expert_ids_TK, chosen_E
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is not None and T:
+            if self.training and self.adaptive_capacity:
+                factor = self._adapt_factor(chosen_E)
+            ids_TK = drop_over_capacity(choice.scores_TK, ids_TK, self.num_experts, factor)
+            computed_E = count_rows(ids_TK, self.num_experts)
+        admitted = Admitted(choice.scores_TK, ids_TK, may_drop=factor is not None)
+        if self.training and self.token_rounding is not None and T:
+            plan = plan_rounding(self._config, T, self.tile_size, self.token_rounding)
+            if plan.mode != "exact":
+                rounded = round_choice(choice.probs_TE, ids_TK, plan)
+                computed_E = rounded.offsets_E1.diff().long()
+                admitted = admitted._replace(rounded=rounded, plan=plan, probs_TE=choice.probs_TE,
+                                             score_scale=self.gate.score_scale)
+        return admitted, computed_E
+
+    def _adapt_factor(self, chosen_E: torch.Tensor, momentum: float = 0.9) -> torch.Tensor:
+        """The capacity factor for this step, 0-d on the device: a running mean of the largest load over the mean."""
+        load_E = chosen_E.float()
+        observed = load_E.max() / load_E.mean()
+        if self._observed_factor is None:
+            self._observed_factor = torch.full_like(observed, self.capacity_factor)
+        followed = momentum * self._observed_factor + (1 - momentum) * observed
+        self._observed_factor = followed.clamp(1.0, 2.0 * self.capacity_factor)
+        return self._observed_factor
+
+    # ---- balance ---------------------------------------------------------------------------------
+
+    def _aux_loss(self, choice: Choice, chosen_E: torch.Tensor) -> torch.Tensor:
+        loss = choice.logits_TE.new_zeros(())
+        if self.load_balance_weight:
+            loss = loss + self.load_balance_weight * balance_loss(choice.probs_TE, self._sum_over_group(chosen_E))
+        if self.z_loss_weight:
+            loss = loss + self.z_loss_weight * z_loss(choice.logits_TE)
+        return loss
+
+    def _sum_over_group(self, rows_E: torch.Tensor) -> torch.Tensor:
+        if self.balance_group is None:
+            return rows_E
+        rows_E = rows_E.clone()
+        torch.distributed.all_reduce(rows_E, group=self.balance_group)
+        return rows_E
+
+    def update_bias(self) -> None:
+        """Move the router's bias by the loads since the last call (see losses.move_bias): call it after each
+        optimizer step. Does nothing if bias_update_rate is 0 or there was no training forward."""
+        if self._since_update_E is not None:
+            move_bias(self.gate.e_score_correction_bias, self._sum_over_group(self._since_update_E),
+                      self.bias_update_rate)
+            self._since_update_E = None
+
+    # ---- statistics ------------------------------------------------------------------------------
+
+    @property
+    def rows_E(self) -> torch.Tensor:
+        """(E,) int64 on the device: rows the router chose each expert for in the last forward, before any were
+        dropped or added. Reading it makes nobody wait. Raises RuntimeError before the first forward."""
+        if self.recorder.last is None:
+            raise RuntimeError("rows_E has nothing to tell yet: run a forward first")
+        return self.recorder.last[0]
+
+    def stats(self, running: bool = False) -> LoadStats:
+        """Loads of the last forward, or, `running`, of all training forwards since the last reset_stats()."""
+        return self.recorder.read(running)
+
+    def reset_stats(self) -> None:
+        """Forget the running statistics."""
+        self.recorder.reset()
