@@ -47,7 +47,7 @@ class Options:
 class Study:
     """One question. measure(options) -> figures; table(figures) -> what to print; draw(figures, caption) -> file name
     suffix -> chart; conclude(figures) -> the sentence that they support; label(figures) -> what tells apart two
-    recordings on one machine; arguments(parser) adds the study's own."""
+    recordings on one machine; arguments(parser) adds the study's own. timed: its figures are times."""
 
     name: str
     question: str
@@ -57,6 +57,7 @@ class Study:
     conclude: Callable[[dict], str]
     label: Callable[[dict], str] = lambda figures: ""
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    timed: bool = True
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def main(study: Study, argv: list[str] | None = None) -> int:
             options = Options(device, device.type == "cuda" and not args.quick, Progress(study.name), args)
             console.print(f"[bold]{study.name}[/]: {study.question}")
             stamp = environment(device)
-            record = make_record(study, study.measure(options), stamp)
+            record = make_record(study, study.measure(options), stamp, options.full)
             out = args.out or default_folder(device)
             path = save(record, study, out)
     except ValueError as error:
@@ -91,7 +92,7 @@ def main(study: Study, argv: list[str] | None = None) -> int:
         console.print(f"written: {shown(path)}")
     for path in draw(record, study, out):
         console.print(f"written: {shown(path)}")
-    console.print(f"\n{study.conclude(figures)}")
+    console.print(f"\n{record['conclusion']}")
     return 0
 
 
@@ -137,11 +138,12 @@ def shown(path: Path) -> str:
 
 # ---- the JSON ------------------------------------------------------------------------------------
 
-def make_record(study: Study, figures: dict, stamp: dict) -> dict:
+def make_record(study: Study, figures: dict, stamp: dict, full: bool) -> dict:
     """What the JSON holds. A study that measured nothing itself brings the stamp of what it read."""
     stamp = figures.pop("environment", stamp)
-    record = {"schema": SCHEMA, "study": study.name, "question": study.question, "environment": stamp,
-              "figures": figures, "conclusion": study.conclude(figures)}
+    small = "" if full or not study.timed else "At this tiny size, whose times say nothing of a GPU: "
+    record = {"schema": SCHEMA, "study": study.name, "question": study.question, "full": full, "environment": stamp,
+              "figures": figures, "conclusion": small + study.conclude(figures)}
     return json.loads(json.dumps(record))  # what is drawn and said first is what can be read back
 
 
