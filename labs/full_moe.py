@@ -13,6 +13,7 @@ backends), statistics, inference, huggingface. Parameters are named and shaped a
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,9 +24,11 @@ from torch.nn.functional import silu
 
 import common.level  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from common.config import MoEConfig, dtype_name
-from labs.kernels.rounding import MODES, plan_rounding
+from common.model import Weights
+from labs.kernels.rounding import LEAST_TILES, MODES, plan_rounding
 from labs.moe_layer.admission import Admitted, drop_over_capacity, round_choice
 from labs.moe_layer.experts import BACKENDS, Backend, Experts, choose_backend
+from labs.moe_layer.inference import GraphedForward, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
 from labs.moe_layer.router import Choice, Router
 from labs.moe_layer.statistics import LoadRecorder, LoadStats
@@ -64,6 +67,10 @@ class OptimizedMoELayer(nn.Module):
     gradient_checkpointing: keep x, scores and ids for backward, and compute the experts' forward again.
     shared_ffn_dim: width of a shared expert, 0 for none.
     backend: `auto`, or one of `kernels`, `grouped`, `loop` by name.
+    cuda_graph: evaluation without gradients runs under a CUDA graph, into buffers allocated once a token count; the
+        output is such a buffer, which the next call of as many tokens overwrites. Nothing changes on a CPU.
+    collect_stats: keep what stats() tells. Without, evaluation may take the ladder's own router kernel.
+    rounding_least_tiles: mean rows an expert, in tiles, below which token rounding turns itself off.
     balance_group: process group over which loads are summed for the balance loss and update_bias(); None counts this
         process's alone. With a group the loss is the whole batch's, as one process would have it.
     The router's options are those of labs/moe_layer/router.py.
@@ -79,7 +86,8 @@ class OptimizedMoELayer(nn.Module):
                  z_loss_weight: float = 0.0, bias_update_rate: float = 0.0, scoring: str = "softmax_topk",
                  renormalize: bool = True, temperature: float = 1.0, noise_std: float = 0.0, num_groups: int = 1,
                  top_groups: int | None = None, score_scale: float = 1.0, shared_ffn_dim: int = 0,
-                 backend: str = "auto", balance_group: object | None = None,
+                 backend: str = "auto", balance_group: object | None = None, cuda_graph: bool = False,
+                 collect_stats: bool = True, rounding_least_tiles: float = LEAST_TILES,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         for name, size in (("hidden_dim", hidden_dim), ("ffn_dim", ffn_dim), ("num_experts", num_experts),
@@ -113,6 +121,7 @@ class OptimizedMoELayer(nn.Module):
         self.load_balance_weight, self.z_loss_weight = load_balance_weight, z_loss_weight
         self.bias_update_rate, self.balance_group = bias_update_rate, balance_group
         self.gradient_checkpointing = gradient_checkpointing
+        self.cuda_graph, self.collect_stats, self.rounding_least_tiles = cuda_graph, collect_stats, rounding_least_tiles
         made = {"device": device, "dtype": dtype}
         self.gate = Router(hidden_dim, num_experts, top_k, scoring, renormalize, temperature, noise_std, num_groups,
                            top_groups, score_scale, with_bias=bias_update_rate > 0, **made)
@@ -123,9 +132,25 @@ class OptimizedMoELayer(nn.Module):
                                  "topk_softmax" if scoring == "topk_softmax" else "softmax_topk", renormalize)
         self.recorder = LoadRecorder(tile_size)
         self._observed_factor: torch.Tensor | None = None
+        self._graphs: GraphedForward | None = None
         self._since_update_E: torch.Tensor | None = None
         if backend == "kernels" and not torch.cuda.is_available():
             self.backend  # noqa: B018  (raises, saying what is missing)
+
+    @classmethod
+    def for_training(cls, hidden_dim: int, ffn_dim: int, num_experts: int, top_k: int, **options) -> OptimizedMoELayer:
+        """A layer with what suits training: no row dropped, experts' rows rounded to whole tiles, a balance loss and
+        a z-loss. `options` override."""
+        chosen = {"capacity_factor": None, "token_rounding": "nearest", "load_balance_weight": 0.01,
+                  "z_loss_weight": 1e-3}
+        return cls(hidden_dim, ffn_dim, num_experts, top_k, **{**chosen, **options})
+
+    @classmethod
+    def for_inference(cls, hidden_dim: int, ffn_dim: int, num_experts: int, top_k: int, **options) -> OptimizedMoELayer:
+        """A layer with what suits inference: in eval mode, without gradients, losses, capacity or statistics, under a
+        CUDA graph where there is a GPU. `options` override."""
+        chosen = {"capacity_factor": None, "load_balance_weight": 0.0, "cuda_graph": True, "collect_stats": False}
+        return cls(hidden_dim, ffn_dim, num_experts, top_k, **{**chosen, **options}).eval().requires_grad_(False)
 
     # ---- what runs -------------------------------------------------------------------------------
 
@@ -145,17 +170,49 @@ class OptimizedMoELayer(nn.Module):
         return_aux_loss also the 0-d float32 load_balance_weight * balance + z_loss_weight * z."""
         self._check(x)
         x_TD = x.reshape(-1, self.hidden_dim)
+        if self._graph_applies(x_TD) and not return_aux_loss:
+            return self._graphed(x_TD).view(x.shape)
+        out_TD, choice, chosen_E = self._forward(x_TD)
+        output = out_TD.view(x.shape)
+        return (output, self._aux_loss(choice, chosen_E)) if return_aux_loss else output
+
+    def _forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Choice, torch.Tensor]:
+        """out_TD, what the router said, and rows chosen an expert, (E,)."""
         choice = self.gate(x_TD)
         chosen_E = count_rows(choice.expert_ids_TK, self.num_experts)
         admitted, computed_E = self._admit(choice, chosen_E)
         out_TD = self.experts(x_TD, admitted, self.backend.name, self.gradient_checkpointing)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
-        self.recorder.record(chosen_E, computed_E, running=self.training)
+        if self.collect_stats:
+            self.recorder.record(chosen_E, computed_E, running=self.training)
         if self.training and self.bias_update_rate:
             self._since_update_E = chosen_E if self._since_update_E is None else self._since_update_E + chosen_E
-        output = out_TD.view(x.shape)
-        return (output, self._aux_loss(choice, chosen_E)) if return_aux_loss else output
+        return out_TD, choice, chosen_E
+
+    def _graph_applies(self, x_TD: torch.Tensor) -> bool:
+        if not self.cuda_graph or self.training or not x_TD.is_cuda or torch.compiler.is_compiling():
+            return False
+        needs_grad = x_TD.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        return not ((torch.is_grad_enabled() and needs_grad) or torch.is_autocast_enabled("cuda")
+                    or torch.cuda.is_current_stream_capturing() or self.backend.name == "loop")
+
+    def _graphed(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if self._graphs is None:
+            self._graphs = GraphedForward(self._make_inference_forward,
+                                          lambda: [*self.parameters(), *self.buffers()])
+        return self._graphs(x_TD)
+
+    def _make_inference_forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The forward that inference records for the weights as they are."""
+        if self.collect_stats or self.eval_capacity_factor is not None or self.backend.name != "kernels" \
+                or not self.gate.is_plain:
+            return lambda x_TD: self._forward(x_TD)[0]
+        weights = Weights(self.gate.weight, self.experts.gate_up_proj, self.experts.down_proj)
+        routed = build_ladder_layer(self._config, weights)
+        if self.shared_experts is None:
+            return routed
+        return lambda x_TD: routed(x_TD) + self.shared_experts(x_TD)
 
     def _check(self, x: torch.Tensor) -> None:
         if x.dim() not in (2, 3) or x.shape[-1] != self.hidden_dim:
@@ -179,7 +236,8 @@ class OptimizedMoELayer(nn.Module):
             computed_E = count_rows(ids_TK, self.num_experts)
         admitted = Admitted(choice.scores_TK, ids_TK, may_drop=factor is not None)
         if self.training and self.token_rounding is not None and T:
-            plan = plan_rounding(self._config, T, self.tile_size, self.token_rounding)
+            plan = plan_rounding(self._config, T, self.tile_size, self.token_rounding,
+                                 self.rounding_least_tiles)
             if plan.mode != "exact":
                 rounded = round_choice(choice.probs_TE, ids_TK, plan)
                 computed_E = rounded.offsets_E1.diff().long()
@@ -229,7 +287,7 @@ class OptimizedMoELayer(nn.Module):
         """(E,) int64 on the device: rows the router chose each expert for in the last forward, before any were
         dropped or added. Reading it makes nobody wait. Raises RuntimeError before the first forward."""
         if self.recorder.last is None:
-            raise RuntimeError("rows_E has nothing to tell yet: run a forward first")
+            raise RuntimeError("rows_E has nothing to tell: run a forward first, with collect_stats on")
         return self.recorder.last[0]
 
     def stats(self, running: bool = False) -> LoadStats:

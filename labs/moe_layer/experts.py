@@ -10,7 +10,6 @@ an id of E to mean a slot that was dropped: no row, no output, no gradient.
 index array       shape     from -> to
 expert_ids_TK     (T, K)    token, slot -> expert, E where the slot is dropped
 slot_of_row_R     (R,)      sorted row -> t * K + k, the slot it came from; dropped slots last
-token_of_row_R    (R,)      sorted row -> token
 row_of_slot_TK    (T, K)    token, slot -> sorted row, the inverse of slot_of_row_R
 ends_E            (E,)      expert -> the end of its sorted rows
 """
@@ -33,29 +32,29 @@ from labs.moe_layer.admission import Admitted, round_choice
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K rows.
 
 
-class SlotRows:
+class SlotRows(NamedTuple):
     """Rows sorted by expert, ties in token order, from K slots a token."""
 
-    def __init__(self, expert_ids_TK: torch.Tensor, E: int, may_drop: bool):
-        key = torch.int16 if E < 2**15 else torch.int32  # the radix sort passes over its keys once a byte
-        sorted_ids_R, self.slot_of_row_R = expert_ids_TK.flatten().to(key).sort(stable=True)
-        self.T, self.K = expert_ids_TK.shape
-        self.token_of_row_R = self.slot_of_row_R // max(1, self.K)
-        bounds_E = torch.arange(E, dtype=key, device=expert_ids_TK.device)
-        self.ends_E = torch.searchsorted(sorted_ids_R, bounds_E, right=True, out_int32=True)
-        rows_R = torch.arange(expert_ids_TK.numel(), device=expert_ids_TK.device)
-        self.row_of_slot_TK = torch.empty_like(expert_ids_TK)
-        self.row_of_slot_TK.view(-1).scatter_(0, self.slot_of_row_R, rows_R)
-        # Rows past the last end: grouped_mm leaves them unwritten, so what is read of them must be put to zero.
-        self.unused_R1 = (sorted_ids_R == E)[:, None] if may_drop else None
+    slot_of_row_R: torch.Tensor
+    row_of_slot_TK: torch.Tensor
+    ends_E: torch.Tensor
+    unused_R1: torch.Tensor | None  # rows of dropped slots: grouped_mm leaves them unwritten, so they are put to zero
 
-    def scores_of_rows(self, scores_TK: torch.Tensor) -> torch.Tensor:
-        """(T, K) -> (R,), differentiable."""
-        return scores_TK.flatten()[self.slot_of_row_R]
+    @classmethod
+    def of(cls, expert_ids_TK: torch.Tensor, E: int, may_drop: bool) -> SlotRows:
+        """Sort the slots; an id of E is a dropped one. No host sync."""
+        key = torch.int16 if E < 2**15 else torch.int32  # the radix sort passes over its keys once a byte
+        sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(key).sort(stable=True)
+        bounds_E = torch.arange(E, dtype=key, device=expert_ids_TK.device)
+        ends_E = torch.searchsorted(sorted_ids_R, bounds_E, right=True, out_int32=True)
+        rows_R = torch.arange(expert_ids_TK.numel(), device=expert_ids_TK.device)
+        row_of_slot_TK = torch.empty_like(expert_ids_TK)
+        row_of_slot_TK.view(-1).scatter_(0, slot_of_row_R, rows_R)
+        return cls(slot_of_row_R, row_of_slot_TK, ends_E, (sorted_ids_R == E)[:, None] if may_drop else None)
 
     def take(self, values_TD: torch.Tensor) -> torch.Tensor:
         """Each row's token: (T, D) -> (R, D), zeros in unused rows."""
-        values_RD = values_TD[self.token_of_row_R]
+        values_RD = values_TD[self.slot_of_row_R // self.row_of_slot_TK.shape[1]]
         return values_RD if self.unused_R1 is None else values_RD.masked_fill_(self.unused_R1, 0)
 
     def add_up(self, values_RD: torch.Tensor, weight_R: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,63 +67,86 @@ class SlotRows:
         return values_TKD.sum(dim=1).to(values_RD.dtype)
 
 
-class RoundedRows:
-    """Rows sorted by expert as token rounding leaves them: any number a token. The same two operations as SlotRows."""
+class RoundedRows(NamedTuple):
+    """Rows sorted by expert as token rounding leaves them: any number a token. The same two operations as SlotRows;
+    the arrays are those of labs/kernels/rounding.py."""
 
-    def __init__(self, rounded: Rounded, plan: Plan):
-        self.rounded, self.plan = rounded, plan
-        self.token_of_row_R, self.ends_E = rounded.token_of_row_C, rounded.offsets_E1[1:]
-        rows_R = torch.arange(plan.capacity, device=self.ends_E.device)
-        self.unused_R1 = (rows_R >= self.ends_E[-1])[:, None]
+    offsets_E1: torch.Tensor
+    token_of_row_C: torch.Tensor
+    first_of_token_T1: torch.Tensor
+    row_of_entry_C: torch.Tensor
+
+    @classmethod
+    def of(cls, rounded: Rounded) -> RoundedRows:
+        """The index arrays of a rounded routing."""
+        return cls(rounded.offsets_E1, rounded.token_of_row_C, rounded.first_of_token_T1, rounded.row_of_entry_C)
+
+    @property
+    def ends_E(self) -> torch.Tensor:
+        return self.offsets_E1[1:]
+
+    @property
+    def unused_R1(self) -> torch.Tensor:
+        return (torch.arange(len(self.token_of_row_C), device=self.offsets_E1.device) >= self.offsets_E1[-1])[:, None]
 
     def take(self, values_TD: torch.Tensor) -> torch.Tensor:
-        """Each row's token: (T, D) -> (R, D), zeros in unused rows."""
-        return values_TD[self.token_of_row_R].masked_fill_(self.unused_R1, 0)
+        """Each row's token: (T, D) -> (C, D), zeros in unused rows."""
+        return values_TD[self.token_of_row_C].masked_fill_(self.unused_R1, 0)
 
-    def add_up(self, values_RD: torch.Tensor, weight_R: torch.Tensor | None = None) -> torch.Tensor:
-        """Each token's rows, weighted and summed in float32: (R, D) -> (T, D) in values' dtype. No atomics on a GPU;
+    def add_up(self, values_CD: torch.Tensor, weight_C: torch.Tensor | None = None) -> torch.Tensor:
+        """Each token's rows, weighted and summed in float32: (C, D) -> (T, D) in values' dtype. No atomics on a GPU;
         on a CPU index_add, which adds in order."""
-        if values_RD.is_cuda:
-            score_C = torch.ones_like(self.rounded.score_of_entry_C)
-            if weight_R is not None:  # past the rows in use, row_of_entry_C is undefined
-                score_C = weight_R[self.rounded.row_of_entry_C.clamp(0, self.plan.capacity - 1)]
-            return combine_rounded(values_RD.contiguous(), self.rounded._replace(score_of_entry_C=score_C), self.plan)
-        terms_RD = values_RD.to(torch.promote_types(values_RD.dtype, torch.float32)).masked_fill(self.unused_R1, 0)
-        if weight_R is not None:
-            terms_RD = terms_RD * weight_R[:, None]
-        out_TD = terms_RD.new_zeros(self.plan.T, terms_RD.shape[1])
-        return out_TD.index_add_(0, self.token_of_row_R, terms_RD).to(values_RD.dtype)
+        T, C = len(self.first_of_token_T1) - 1, len(self.token_of_row_C)
+        if values_CD.is_cuda:
+            if weight_C is None:
+                weight_C = torch.ones(C, device=values_CD.device)
+            score_of_entry_C = weight_C[self.row_of_entry_C.clamp(0, C - 1)]  # past the rows in use it is undefined
+            rounded = Rounded(self.offsets_E1, *self, score_of_entry_C)  # its counts before rounding are not read
+            plan = Plan(T, max(1, C // T), len(self.offsets_E1) - 1, "exact", 1, 1, C, False)
+            return combine_rounded(values_CD.contiguous(), rounded, plan)
+        terms_CD = values_CD.to(torch.promote_types(values_CD.dtype, torch.float32)).masked_fill(self.unused_R1, 0)
+        if weight_C is not None:
+            terms_CD = terms_CD * weight_C[:, None]
+        out_TD = terms_CD.new_zeros(T, terms_CD.shape[1])
+        return out_TD.index_add_(0, self.token_of_row_C, terms_CD).to(values_CD.dtype)
+
+
+Rows = SlotRows | RoundedRows
 
 
 class Gather(torch.autograd.Function):
     """x of each row. Its backward adds a token's rows up in a fixed order, where indexing's would scatter."""
 
     @staticmethod
-    def forward(ctx, x_TD: torch.Tensor, rows: SlotRows | RoundedRows) -> torch.Tensor:
-        ctx.rows = rows
+    def forward(ctx, x_TD: torch.Tensor, rows: Rows) -> torch.Tensor:
+        ctx.kind = type(rows)
+        ctx.save_for_backward(*rows)
         return rows.take(x_TD)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.rows.add_up(grad_RD), None
+        return ctx.kind(*ctx.saved_tensors).add_up(grad_RD), None
 
 
 class Combine(torch.autograd.Function):
     """Each token's rows, weighted by score and summed; keeps y and the scores, no product of the two."""
 
     @staticmethod
-    def forward(ctx, y_RD: torch.Tensor, score_R: torch.Tensor, rows: SlotRows | RoundedRows) -> torch.Tensor:
-        ctx.save_for_backward(y_RD, score_R)
-        ctx.rows = rows
+    def forward(ctx, y_RD: torch.Tensor, score_R: torch.Tensor, rows: Rows) -> torch.Tensor:
+        ctx.kind = type(rows)
+        ctx.save_for_backward(y_RD, score_R, *rows)
         return rows.add_up(y_RD, score_R)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        y_RD, score_R = ctx.saved_tensors
-        grad_RD = ctx.rows.take(grad_TD)
+        y_RD, score_R, *arrays = ctx.saved_tensors
+        rows = ctx.kind(*arrays)
+        grad_RD = rows.take(grad_TD)
         grad_score_R = torch.linalg.vecdot(grad_RD.to(score_R.dtype), y_RD.to(score_R.dtype))
-        if ctx.rows.unused_R1 is not None:
-            grad_score_R = grad_score_R.masked_fill_(ctx.rows.unused_R1[:, 0], 0)  # 0 * NaN of an unwritten row
+        if rows.unused_R1 is not None:
+            grad_score_R = grad_score_R.masked_fill_(rows.unused_R1[:, 0], 0)  # 0 * NaN of an unwritten row
         return (grad_RD * score_R[:, None]).to(y_RD.dtype), grad_score_R, None
 
 
@@ -152,7 +174,7 @@ def grouped_linear(x_RD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.T
 
 
 def grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, scores_R: torch.Tensor,
-            rows: SlotRows | RoundedRows) -> torch.Tensor:
+            rows: Rows) -> torch.Tensor:
     """The experts by grouped GEMMs: (T, D) -> (T, D). scores_R (R,) float32 weighs each row."""
     if x_TD.shape[0] == 0:  # still a function of all weights, for whoever waits for their gradients
         return x_TD + 0.0 * (gate_up_E2FD.sum() + down_EDF.sum() + scores_R.sum()).to(x_TD.dtype)
@@ -179,10 +201,10 @@ def run_grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.
                 ) -> torch.Tensor:
     """The admitted rows by grouped GEMMs: (T, D) -> (T, D)."""
     if rows_in.rounded is None:
-        rows = SlotRows(rows_in.expert_ids_TK, gate_up_E2FD.shape[0], rows_in.may_drop)
-        scores_R = rows.scores_of_rows(rows_in.scores_TK)
+        rows = SlotRows.of(rows_in.expert_ids_TK, gate_up_E2FD.shape[0], rows_in.may_drop)
+        scores_R = rows_in.scores_TK.flatten()[rows.slot_of_row_R]
     else:
-        rows = RoundedRows(rows_in.rounded, rows_in.plan)
+        rows = RoundedRows.of(rows_in.rounded)
         by_row = rows_in.rounded._replace(row_of_entry_C=torch.arange(rows_in.plan.capacity, device=x_TD.device))
         scores_R = rounded_scores(rows_in.probs_TE, by_row, rows_in.plan) * rows_in.score_scale
     return grouped(x_TD, gate_up_E2FD, down_EDF, scores_R, rows)

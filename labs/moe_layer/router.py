@@ -118,6 +118,12 @@ class Router(nn.Module):
                 scores_TK = scores_TK * self.score_scale
         return Choice(logits_TE, probs_TE, scores_TK, expert_ids_TK)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether evaluation is softmax and top-k and nothing else."""
+        return (self.scoring != "sigmoid" and self.temperature == 1.0 and self.score_scale == 1.0
+                and self.top_groups == self.num_groups and self.e_score_correction_bias is None)
+
     def _choose(self, probs_TE: torch.Tensor) -> torch.Tensor:
         """(T, K) int64: the K best by prob plus bias, from the best groups."""
         merit_TE = probs_TE

@@ -105,7 +105,7 @@ class LoadRecorder:
         else:
             parts, forwards = self.last and self._measure([self.last]), 1
         if parts is None:
-            raise RuntimeError("stats() has nothing to tell yet: run a forward first"
-                               + (", in training mode" if running else ""))
+            raise RuntimeError("stats() has nothing to tell: run a forward first, with collect_stats on"
+                               + (" and in training mode" if running else ""))
         rows_E, measures, counts = parts
         return LoadStats(forwards, tuple(rows_E.tolist()), *(measures / forwards).tolist(), *counts.tolist())
