@@ -1,0 +1,93 @@
+"""Inference on a GPU: the layer's forward recorded once for a token count, replayed into the same buffers.
+
+First call at a T: run it on the side, so that kernels compile, then capture. Each call: copy x into the captured input,
+one replay, the captured output. The output is the graph's own buffer: the next call at that T overwrites it.
+
+Where the router is the plain one (softmax and top-k), no expert has a capacity and no statistics are asked for, what is
+recorded is the ladder's own layer, whose router is a kernel too; it keeps gate_up a second time, in its own order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from common.config import MoEConfig
+from common.model import Weights
+
+# T tokens, D model width.
+
+MAX_GRAPHS = 16  # one a token count; the least recently used goes first
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def build_ladder_layer(cfg: MoEConfig, weights: Weights) -> Forward:
+    """The ladder's fastest layer on this GPU, router included: x_TD -> out_TD."""
+    from labs.kernels.layer import build_exact  # compiles for the GPU, so it is loaded only where one is
+
+    return build_exact(cfg, weights)
+
+
+class Replay(NamedTuple):
+    """A captured forward and its buffers."""
+
+    graph: torch.cuda.CUDAGraph
+    x_TD: torch.Tensor
+    out_TD: torch.Tensor
+
+
+class GraphedForward:
+    """`forward(x_TD)` under CUDA graphs, for weights that stand still: if one is written to or replaced, everything
+    recorded is thrown away and made again.
+
+    make_forward() gives the forward to record for the weights as they are.
+    """
+
+    def __init__(self, make_forward: Callable[[], Forward], weights: Callable[[], list[torch.Tensor]]):
+        self.make_forward, self.weights = make_forward, weights
+        self._forget()
+
+    def _forget(self) -> None:
+        self.state: tuple | None = None
+        self.forward: Forward | None = None
+        self.replays: OrderedDict[int, Replay] = OrderedDict()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None  # a graph cannot be copied; the copied layer makes its own
+
+    @torch.no_grad()
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """x_TD (T, D) on the weights' GPU -> out_TD, the graph's own buffer."""
+        T = x_TD.shape[0]
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in self.weights())
+        if state != self.state:
+            self._forget()
+            self.state, self.forward = state, self.make_forward()
+        if T == 0:
+            return torch.empty_like(x_TD)
+        if T not in self.replays:
+            self.replays[T] = self._capture(x_TD)
+            if len(self.replays) > MAX_GRAPHS:
+                self.replays.popitem(last=False)
+        self.replays.move_to_end(T)
+        replay = self.replays[T]
+        replay.x_TD.copy_(x_TD)
+        replay.graph.replay()
+        return replay.out_TD
+
+    def _capture(self, x_TD: torch.Tensor) -> Replay:
+        own_x_TD = x_TD.detach().clone(memory_format=torch.contiguous_format)
+        side = torch.cuda.Stream(x_TD.device)
+        side.wait_stream(torch.cuda.current_stream(x_TD.device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.forward(own_x_TD)
+        torch.cuda.current_stream(x_TD.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out_TD = self.forward(own_x_TD)
+        return Replay(graph, own_x_TD, out_TD)
