@@ -63,7 +63,8 @@ class OptimizedMoELayer(nn.Module):
         largest load over the mean, between 1 and twice capacity_factor.
     use_io_overlap: level 8's and 9's kernels where they run; off is level 4's path.
     load_balance_weight, z_loss_weight: weights of the two terms of aux_loss.
-    bias_update_rate: above 0, a bias moves with the load at each update_bias() (loss-free balancing).
+    bias_update_rate: above 0, a bias moves with the load at each update_bias() (loss-free balancing). router_bias
+        gives the router such a bias also where nothing moves it.
     gradient_checkpointing: keep x, scores and ids for backward, and compute the experts' forward again.
     shared_ffn_dim: width of a shared expert, 0 for none.
     backend: `auto`, or one of `kernels`, `grouped`, `loop` by name.
@@ -85,7 +86,7 @@ class OptimizedMoELayer(nn.Module):
                  eval_capacity_factor: float | None = None, adaptive_capacity: bool = False,
                  z_loss_weight: float = 0.0, bias_update_rate: float = 0.0, scoring: str = "softmax_topk",
                  renormalize: bool = True, temperature: float = 1.0, noise_std: float = 0.0, num_groups: int = 1,
-                 top_groups: int | None = None, score_scale: float = 1.0, shared_ffn_dim: int = 0,
+                 top_groups: int | None = None, score_scale: float = 1.0, shared_ffn_dim: int = 0, router_bias: bool = False,
                  backend: str = "auto", balance_group: object | None = None, cuda_graph: bool = False,
                  collect_stats: bool = True, rounding_least_tiles: float = LEAST_TILES,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):
@@ -124,7 +125,7 @@ class OptimizedMoELayer(nn.Module):
         self.cuda_graph, self.collect_stats, self.rounding_least_tiles = cuda_graph, collect_stats, rounding_least_tiles
         made = {"device": device, "dtype": dtype}
         self.gate = Router(hidden_dim, num_experts, top_k, scoring, renormalize, temperature, noise_std, num_groups,
-                           top_groups, score_scale, with_bias=bias_update_rate > 0, **made)
+                           top_groups, score_scale, router_bias or bias_update_rate > 0, **made)
         self.experts = Experts(hidden_dim, ffn_dim, num_experts, **made)
         self.shared_experts = SharedExpert(hidden_dim, shared_ffn_dim, **made) if shared_ffn_dim else None
         # What token rounding must know of the layer.
@@ -132,6 +133,7 @@ class OptimizedMoELayer(nn.Module):
                                  "topk_softmax" if scoring == "topk_softmax" else "softmax_topk", renormalize)
         self.recorder = LoadRecorder(tile_size)
         self._observed_factor: torch.Tensor | None = None
+        self.hf_kind: str | None = None  # the kind of transformers block it was made from
         self._graphs: GraphedForward | None = None
         self._since_update_E: torch.Tensor | None = None
         if backend == "kernels" and not torch.cuda.is_available():
@@ -151,6 +153,23 @@ class OptimizedMoELayer(nn.Module):
         CUDA graph where there is a GPU. `options` override."""
         chosen = {"capacity_factor": None, "load_balance_weight": 0.0, "cuda_graph": True, "collect_stats": False}
         return cls(hidden_dim, ffn_dim, num_experts, top_k, **{**chosen, **options}).eval().requires_grad_(False)
+
+    @classmethod
+    def from_hf(cls, block: nn.Module, **options) -> OptimizedMoELayer:
+        """A layer that computes what a Mixtral, Qwen3-MoE, OLMoE or DeepSeek-V3 block of transformers 5 computes, with
+        the block's own parameters (shared, not copied). No capacity, no rounding, no losses unless `options` say so.
+        Raises TypeError for another block, ValueError for one with parts that this layer lacks."""
+        from labs.moe_layer.huggingface import layer_from_block  # transformers is an optional dependency
+
+        return layer_from_block(cls, block, options)
+
+    def to_hf(self, kind: str | None = None, config: object | None = None) -> nn.Module:
+        """A transformers block with this layer's parameters (shared, not copied): `mixtral`, `qwen3_moe`, `olmoe` or
+        `deepseek_v3`; the kind it came from if None. `config`: the model's; made of the layer's sizes if None. Raises
+        ValueError for a kind that cannot express this layer. What happens in training only is left behind."""
+        from labs.moe_layer.huggingface import block_from_layer
+
+        return block_from_layer(self, kind or self.hf_kind, config)
 
     # ---- what runs -------------------------------------------------------------------------------
 

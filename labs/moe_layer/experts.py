@@ -277,6 +277,24 @@ def choose_backend(wanted: str, use_io_overlap: bool, device: torch.device, dtyp
     return Backend("grouped", f"{missing if use_io_overlap else 'use_io_overlap is off'}; {how}")
 
 
+def compute_experts(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, admitted: Admitted,
+                    backend: str, recompute: bool = False) -> torch.Tensor:
+    """(T, D) -> (T, D) by BACKENDS[backend]. `recompute` keeps x, scores and ids for backward and computes the rest
+    again. Under autocast x and weights are cast to its dtype."""
+    device = x_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def run(x_TD, gate_up_E2FD, down_EDF, admitted):
+        if dtype is not None:
+            x_TD, gate_up_E2FD, down_EDF = (tensor.to(dtype) for tensor in (x_TD, gate_up_E2FD, down_EDF))
+        with torch.autocast(device, enabled=False):
+            return BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, admitted)
+
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(run, x_TD, gate_up_E2FD, down_EDF, admitted, use_reentrant=False)
+    return run(x_TD, gate_up_E2FD, down_EDF, admitted)
+
+
 class Experts(nn.Module):
     """The experts' weights, named and shaped as Hugging Face transformers v5 has them: gate_up_proj (E, 2F, D), gate
     rows and then up rows; down_proj (E, D, F)."""
@@ -291,17 +309,5 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=ffn_dim**-0.5)
 
     def forward(self, x_TD: torch.Tensor, admitted: Admitted, backend: str, recompute: bool = False) -> torch.Tensor:
-        """(T, D) -> (T, D) by BACKENDS[backend]. `recompute` keeps x, scores and ids for backward and computes the
-        rest again. Under autocast x and weights are cast to its dtype."""
-        device = x_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-        def run(x_TD, gate_up_E2FD, down_EDF, admitted):
-            if dtype is not None:
-                x_TD, gate_up_E2FD, down_EDF = (tensor.to(dtype) for tensor in (x_TD, gate_up_E2FD, down_EDF))
-            with torch.autocast(device, enabled=False):
-                return BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, admitted)
-
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(run, x_TD, self.gate_up_proj, self.down_proj, admitted, use_reentrant=False)
-        return run(x_TD, self.gate_up_proj, self.down_proj, admitted)
+        """(T, D) -> (T, D), as compute_experts has it."""
+        return compute_experts(x_TD, self.gate_up_proj, self.down_proj, admitted, backend, recompute)
