@@ -24,6 +24,7 @@ from common.results import Row, Run, speedups
 from common.show import number
 
 GAIN, LOSS, FIRST, ABSENT, BOUND_COLOR = "#2a6fbb", "#d1495b", "#7a7f87", "#e3e5e8", "#2e933c"
+ROUNDED = {"hatch": "//", "edgecolor": "white"}  # a bar of rounded routing: another function than the others
 STYLE = {
     "figure.figsize": (16, 9), "figure.dpi": 100, "font.size": 16, "axes.titlesize": 20,
     "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "charts", "svg.fonttype": "path",
@@ -72,8 +73,10 @@ def level_bars(ax: Axes, run: Run, value: Callable[[Row], float | None], label: 
             ax.axhspan(position - 0.4, position + 0.4, color=ABSENT, zorder=0)
             ax.text(0.03, position, absence(row), va="center", color="#555", transform=ax.get_yaxis_transform())
         else:
-            ax.barh(position, length, 0.8, color=color(row), gid=f"level{row.number}")
-            ax.text(length, position, f" {label(row)}", va="center", fontsize=15, zorder=5,
+            ax.barh(position, length, 0.8, color=color(row), gid=row.name,
+                    **(ROUNDED if row.variant == "rounded" else {}))
+            words = f" {label(row)}" + (", rounded" if row.variant == "rounded" else "")
+            ax.text(length, position, words, va="center", fontsize=15, zorder=5,
                     bbox={"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 0})
     ax.grid(axis="x", alpha=0.3)
 
@@ -94,15 +97,15 @@ def ladder(runs: Sequence[Run]) -> Figure:
         gains = speedups(run)
 
         def total(row: Row, gains=gains) -> float | None:
-            return gains[row.number].total if row.number in gains else None
+            return gains[row.name].total if row.name in gains else None
 
         def text(row: Row, gains=gains) -> str:
-            gain = gains[row.number]
+            gain = gains[row.name]
             words = f"{number(gain.total)}x"
             return words if gain.step is None else f"{words}  (step {number(gain.step)}x)"
 
         def hue(row: Row, gains=gains) -> str:
-            gain = gains[row.number]
+            gain = gains[row.name]
             return FIRST if gain.step is None or not gain.clear else GAIN if gain.step > 1 else LOSS
 
         level_bars(ax, run, total, text, hue)
@@ -112,27 +115,34 @@ def ladder(runs: Sequence[Run]) -> Figure:
         ax.set_xlabel("times faster than level 0 (log)" if not first or first.number == 0
                       else f"times faster than level {first.number} (log)")
         ax.set_ylim(len(run.levels) - 0.4, -1.9)  # the legend's place, shared by all panels
-    axes[-1].legend(handles=[Patch(color=GAIN, label="faster than the level before"), Patch(color=LOSS, label="slower"),
-                             Patch(color=FIRST, label="start, or no clear difference")],
-                    fontsize=13, loc="upper right", frameon=False)
+    handles = [Patch(color=GAIN, label="faster than the level before"), Patch(color=LOSS, label="slower"),
+               Patch(color=FIRST, label="start, or no clear difference")]
+    if any(row.variant == "rounded" for run in chosen for row in run.levels):
+        handles.append(Patch(facecolor=FIRST, label="rounded: another function than top-k", **ROUNDED))
+    axes[-1].legend(handles=handles, fontsize=13, loc="upper right", frameon=False)
     return fig
 
 
 def scale(runs: Sequence[Run]) -> Figure:
-    """Time against tokens, a line a level, a cross at the top where a level is out of memory."""
+    """Time against tokens, a line a level, a cross at the top where a level is out of memory, a square
+    where its routing is rounded."""
     fig, (ax,) = figure(runs, "Scale decides: time against tokens", 1)
     times = [row.wall_ms.p50 for run in runs for row in run.rows if row.timed]
     roof = max(times) * 3
-    names = [(row.number, row.name) for row in runs[-1].levels]
+    any_rounded = any(row.variant == "rounded" for run in runs for row in run.levels)
+    names = list({row.name: row.number for run in runs for row in run.levels}.items())
     colors = plt.get_cmap("viridis")
-    for index, (level, name) in enumerate(names):
+    for index, (name, level) in enumerate(names):
         color = colors(index / max(1, len(names) - 1) * 0.92)
-        points = [(run.shape["T"], row) for run in runs for row in run.levels if row.number == level]
+        points = [(run.shape["T"], row) for run in runs for row in run.levels if row.name == name]
         timed = [(T, row.wall_ms.p50) for T, row in points if row.timed]
+        rounded = [(T, row.wall_ms.p50) for T, row in points if row.timed and row.variant == "rounded"]
         ax.plot(*zip(*timed, strict=True) if timed else ([], []), "o-", color=color, lw=3, ms=8,
-                label=f"{level} {name}", gid=f"level{level}")
+                label=f"{level} {name}", gid=name)
+        ax.plot(*zip(*rounded, strict=True) if rounded else ([], []), "s", color="white", mec=color, ms=11, mew=3,
+                gid=f"{name}-rounded")
         lost = [T for T, row in points if row.status == "oom"]
-        ax.plot(lost, [roof * 1.3**-index for _ in lost], "x", color=color, ms=12, mew=3, gid=f"level{level}-oom")
+        ax.plot(lost, [roof * 1.3**-index for _ in lost], "x", color=color, ms=12, mew=3, gid=f"{name}-oom")
     bound = [(run.shape["T"], run.row(BOUND).wall_ms.p50) for run in runs if run.row(BOUND) and run.row(BOUND).timed]
     if bound:
         ax.plot(*zip(*bound, strict=True), "--", color=BOUND_COLOR, lw=3, label="two bare cuBLAS bmm", gid="bound")
@@ -141,7 +151,8 @@ def scale(runs: Sequence[Run]) -> Figure:
     ticks = [run.shape["T"] for run in runs]
     ax.set_xticks(ticks, [f"{T:,}" for T in ticks])
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=14, loc="center left", bbox_to_anchor=(1.0, 0.5), title="level (x: out of memory)")
+    signs = "x: out of memory, square: rounded routing" if any_rounded else "x: out of memory"
+    ax.legend(fontsize=14, loc="center left", bbox_to_anchor=(1.0, 0.5), title=f"level ({signs})")
     return fig
 
 

@@ -11,6 +11,9 @@ from types import ModuleType
 
 import torch
 
+from common.config import MoEConfig
+from common.model import Weights
+
 # Read when CUDA starts. Without it, one small tensor that lives inside a freed block of 100 GB keeps the
 # whole block, and a level that fits runs out of memory because of those before it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -43,13 +46,18 @@ class Claims:
 class Level:
     """One rung. `changes` names every function, class and constant of the file that differs from the
     level below; all others are its copies, letter for letter. `requires` holds `triton` (a GPU,
-    or a CPU with Triton's interpreter), `cuda`, or an architecture such as `sm_90`."""
+    or a CPU with Triton's interpreter), `cuda`, or an architecture such as `sm_90`.
+
+    `variants`: a row each. `exact` is top-k as it is. `rounded` is token rounding: such a forward has
+    `rounding(T)`, a common.rounded.Rounding of the last call with T tokens, or None where it was exact.
+    `build` gives the first variant, `build(..., variant=...)` any other."""
 
     number: int
     name: str
     adds: str
     changes: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ("exact",)
     claims: Claims = field(default_factory=Claims)
 
     def check_supported(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -90,6 +98,12 @@ class Loaded:
     @property
     def path(self) -> Path:
         return Path(self.module.__file__)
+
+    def build_variant(self, cfg: MoEConfig, weights: Weights, variant: str) -> Callable:
+        """The forward of one of LEVEL.variants."""
+        if variant == self.level.variants[0]:
+            return self.build(cfg, weights)
+        return self.build(cfg, weights, variant=variant)
 
 
 def discover() -> list[Loaded]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.results import Run, load, speedups
-from common.show import number, percent, ratio, status_text
+from common.show import name_text, number, percent, ratio, rounding_notes, status_text
 
 TABLE = re.compile(r"(?P<open><!-- table (?P<stem>\S+) (?P<tokens>[\d,]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
@@ -32,12 +32,12 @@ def markdown(run: Run) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in run.rows:
-        gain = gains.get(row.number)
+        gain = gains.get(row.name) if row.kind == "level" else None
         time = status_text(row)
         if row.timed:
             few = f", n={row.samples}" if row.samples < run.rounds else ""
             time = f"{number(row.wall_ms.p50)} ({number(row.wall_ms.p20)} to {number(row.wall_ms.p80)}{few})"
-        name = row.name if row.kind == "level" else f"*{row.name}: {row.adds}*"
+        name = name_text(row) if row.kind == "level" else f"*{row.name}: {row.adds}*"
         step = ratio(gain.step if gain else None)
         if gain and gain.step:
             step = f"{step}, within the spread" if not gain.clear else f"**{step}, slower**" if gain.step < 1 else step
@@ -48,6 +48,9 @@ def markdown(run: Run) -> str:
             number(row.build_s),
         ]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    notes = [f"{row.name}: {row.reason}" for row in run.levels if row.status == "ok" and row.reason]
+    notes = [f"- {note}." for note in notes + rounding_notes(run)]
+    lines += [*([""] if notes else []), *notes]
     lines += ["", f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}, Triton {env['triton']}, "
                   f"{run.dtype}, {run.routing} routing, {run.rounds} rounds, commit {env['commit']}, {env['date']}."]
     return "\n".join(lines)

@@ -27,7 +27,9 @@ class Row:
     kind: level, reference or peer. variant: exact or rounded routing. status: one of STATUSES, with
     `reason` where it is not ok. build_s: building, compiling and the first call. samples: timed
     calls. peak_mib: memory above weights, input and output. roofline_share and bound_share: the
-    roofline's and the cuBLAS bound's time over this one's.
+    roofline's and the cuBLAS bound's time over this one's. rounding: of a rounded row, tile, mode,
+    what changed (see labs/kernels/rounding.py) and gpu_us, the microseconds of rounding's own kernels;
+    its tflops and shares count the rows that it computes, not T*K.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Row:
     tflops: float | None = None
     roofline_share: float | None = None
     bound_share: float | None = None
+    rounding: dict[str, object] | None = None
 
     @property
     def timed(self) -> bool:
@@ -106,7 +109,8 @@ def new_run(workload: Workload, rounds: int, environment: dict, active_experts: 
 class Speedup:
     """How a timed level compares: `step` with the timed level before it (None for the first), `total`
     with the first, whose number is `base`. Ratios of median wall times within one run. The step is
-    `clear` if the two spreads, 20th to 80th percentile, do not overlap."""
+    `clear` if the two spreads, 20th to 80th percentile, do not overlap. An exact level's step is from the
+    exact level before it, a rounded one's from the rounded one before it, or the exact if there is none."""
 
     step: float | None
     total: float
@@ -114,18 +118,17 @@ class Speedup:
     clear: bool = True
 
 
-def speedups(run: Run) -> dict[int, Speedup]:
-    """Level number -> Speedup, for the run's timed levels."""
-    found: dict[int, Speedup] = {}
-    first = before = None
-    for row in run.levels:
-        if not row.timed:
-            continue
-        first = first or row
+def speedups(run: Run) -> dict[str, Speedup]:
+    """Level's name -> Speedup, for the run's timed levels."""
+    found: dict[str, Speedup] = {}
+    timed = [row for row in run.levels if row.timed]
+    for row in timed:
+        below = [other for other in timed if other.number < row.number]
+        before = next((other for variant in (row.variant, "exact") for other in reversed(below)
+                       if other.variant == variant), None)
         step = before.wall_ms.p50 / row.wall_ms.p50 if before else None
         clear = before is None or row.wall_ms.p80 < before.wall_ms.p20 or before.wall_ms.p80 < row.wall_ms.p20
-        found[row.number] = Speedup(step, first.wall_ms.p50 / row.wall_ms.p50, first.number, clear)
-        before = row
+        found[row.name] = Speedup(step, timed[0].wall_ms.p50 / row.wall_ms.p50, timed[0].number, clear)
     return found
 
 

@@ -22,10 +22,12 @@ from common.model import Oracle, Weights, make_inputs, make_weights, oracle
 from common.peers import NotInstalled, Peer
 from common.references import BOUND, Reference
 from common.results import Row, Run, new_run
+from common.rounded import broken_rule, rounded_oracle
 
 # No level is timed for longer than this in one run, unless three calls take longer.
 SECONDS_EACH = 3.0
 PROFILED_CALLS = 3
+OFF = "rounding is off: under two tiles of rows an expert"
 
 
 class Reporter(Protocol):
@@ -51,9 +53,12 @@ class _Subject:
     row: Row
     build: Callable[[], Forward]
     is_layer: bool
+    weights: Weights
     forward: Forward | None = None
     interpreted: bool = False
     tie_margin: float = TIE_MARGIN
+    alone: bool = True
+    rounding_kernels: tuple[str, ...] = ()
 
 
 def run_workload(workload: Workload, levels: Sequence[Loaded], references: Sequence[Reference | Peer],
@@ -82,7 +87,8 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
     active_experts = int((expected[0].rows_E > 0).sum())
     run = new_run(workload, rounds, environment(device), active_experts,
                   flops(workload), least_bytes(workload, active_experts))
-    subjects = [_level_subject(loaded, workload, weights, device) for loaded in levels]
+    subjects = [_level_subject(loaded, variant, workload, weights, device)
+                for loaded in levels for variant in loaded.level.variants]
     subjects += [_reference_subject(reference, workload, weights) for reference in references]
     run.rows = [subject.row for subject in subjects]
     try:
@@ -98,20 +104,22 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
     return run
 
 
-def _level_subject(loaded: Loaded, workload: Workload, weights: Weights, device: torch.device) -> _Subject:
-    level = loaded.level
-    row = Row("level", level.number, level.name, level.adds, "unsupported")
+def _level_subject(loaded: Loaded, variant: str, workload: Workload, weights: Weights,
+                   device: torch.device) -> _Subject:
+    level, alone = loaded.level, len(loaded.level.variants) == 1
+    name = level.name if alone or variant == "exact" else f"{level.name} {variant}"
+    row = Row("level", level.number, name, level.adds, "unsupported", variant)
 
     def build() -> Forward:
         level.check_supported(device, workload.dtype)
-        return loaded.build(workload.config, weights)
+        return loaded.build_variant(workload.config, weights, variant)
 
-    return _Subject(row, build, is_layer=True, interpreted=level.interpreted(device))
+    return _Subject(row, build, True, weights, interpreted=level.interpreted(device), alone=alone)
 
 
 def _reference_subject(reference: Reference | Peer, workload: Workload, weights: Weights) -> _Subject:
     row = Row(reference.kind, None, reference.name, reference.adds, "unsupported")
-    return _Subject(row, lambda: reference.build(workload, weights), reference.is_layer,
+    return _Subject(row, lambda: reference.build(workload, weights), reference.is_layer, weights,
                     tie_margin=reference.tie_margin)
 
 
@@ -132,9 +140,9 @@ def _build_and_gate(subject: _Subject, workload: Workload, batches: list[torch.T
             row.build_s = time.perf_counter() - start
         row.peak_mib = None if memory.bytes is None else memory.bytes / 2**20
         if subject.is_layer:
-            found = gate(memory.result, expected[0], workload, subject.tie_margin)
+            found = _judge(subject, forward, memory.result, batches[0], expected[0], workload)
             if found.ok:
-                found = gate(forward(batches[1]), expected[1], workload, subject.tie_margin)
+                found = _judge(subject, forward, forward(batches[1]), batches[1], expected[1], workload)
             _record_gate(row, found)
         else:
             row.status = "ok"
@@ -158,13 +166,35 @@ def _build_and_gate(subject: _Subject, workload: Workload, batches: list[torch.T
         torch.cuda.empty_cache()
 
 
+def _judge(subject: _Subject, forward: Forward, out_TD: torch.Tensor, x_TD: torch.Tensor, expected: Oracle,
+           workload: Workload) -> Gate:
+    """Gate the output; a rounded one by the oracle of its own routing, which itself must follow the rule.
+
+    Where a forward's rounding was off, its row is exact. Raises Unsupported if the level has such a row already.
+    """
+    row, cfg = subject.row, workload.config
+    rounding = forward.rounding(workload.T) if row.variant == "rounded" else None
+    if rounding is None:
+        if row.variant == "rounded":
+            if not subject.alone:
+                raise Unsupported(OFF)
+            row.variant, row.reason = "exact", OFF
+        return gate(out_TD, expected, workload, subject.tie_margin)
+    subject.rounding_kernels = rounding.kernels
+    row.rounding = row.rounding or {"tile": rounding.tile, "mode": rounding.mode, **rounding.report}
+    fault = broken_rule(cfg, subject.weights, x_TD, rounding)
+    if fault:
+        return Gate(float("nan"), float("nan"), error_bound(workload), fault)
+    return gate(out_TD, rounded_oracle(cfg, subject.weights, x_TD, rounding), workload)
+
+
 def _record_oom(row: Row, error: torch.OutOfMemoryError) -> None:
     row.status, row.reason = "oom", str(error).split(". GPU")[0]
 
 
 def _record_gate(row: Row, found: Gate) -> None:
     row.rel_err, row.worst_row_err = found.rel_err, found.worst_row_err
-    row.status, row.reason = ("ok", "") if found.ok else ("failed", found.reason)
+    row.status, row.reason = ("ok", row.reason) if found.ok else ("failed", found.reason)
 
 
 def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.device, rounds: int,
@@ -210,6 +240,10 @@ def _warm_and_profile(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -
         profiles.append(profile_call(call))
     subject.row.launches = profiles[-1].launches
     subject.row.gpu_ms = Spread.of([profile.gpu_ms for profile in profiles])
+    if subject.row.rounding is not None:
+        subject.row.rounding["gpu_us"] = Spread.of([
+            sum(ms for name, (_, ms) in profile.kernels.items() if name.startswith(subject.rounding_kernels)) * 1e3
+            for profile in profiles]).p50
 
 
 def _derive(run: Run) -> None:
@@ -218,9 +252,12 @@ def _derive(run: Run) -> None:
         arithmetic = run.flops / run.ceilings["matmul_tflops"]
         run.roofline_ms = max(arithmetic, run.least_bytes / run.ceilings["copy_tbps"]) / 1e9
     bound = run.row(BOUND)
+    routed = run.shape["T"] * run.shape["K"]
     for row in run.rows:
         if not row.timed:
             continue
-        row.tflops = run.flops / row.wall_ms.p50 / 1e9
-        row.roofline_share = run.roofline_ms / row.wall_ms.p50 if run.roofline_ms else None
-        row.bound_share = bound.wall_ms.p50 / row.wall_ms.p50 if bound and bound.timed else None
+        changed = row.rounding["rows_added"] - row.rounding["rows_dropped"] if row.rounding else 0
+        ms = row.wall_ms.p50 / (1 + changed / routed)  # for T*K rows, whether it computes more or fewer
+        row.tflops = run.flops / ms / 1e9
+        row.roofline_share = run.roofline_ms / ms if run.roofline_ms else None
+        row.bound_share = bound.wall_ms.p50 / ms if bound and bound.timed else None

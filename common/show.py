@@ -47,6 +47,31 @@ def status_text(row: Row) -> str:
     return {"oom": "out of memory", "failed": "FAILED"}.get(row.status, row.status)
 
 
+def name_text(row: Row) -> str:
+    """The row's name, marked if it computes another function than exact top-k."""
+    return f"{row.name} (rounded)" if row.variant == "rounded" and "rounded" not in row.name else row.name
+
+
+def rounding_text(row: Row) -> str:
+    """One sentence on what rounding changed in a rounded row, and what it cost."""
+    found = row.rounding
+    cost = f", {number(found['gpu_us'])} us for rounding itself" if found.get("gpu_us") is not None else ""
+    return (f"{name_text(row)}: tile {found['tile']}, {found['mode']}: {found['rows_dropped']:,} rows dropped, "
+            f"{found['rows_added']:,} added ({found['share_changed']:.1%} of routes), tile utilisation "
+            f"{found['utilisation_before']:.1%} before, {found['utilisation_after']:.1%} after, "
+            f"{found['tokens_without_expert']:,} tokens without expert{cost}")
+
+
+ROUNDED = ("rounded rows compute another function than the others: for training and offline use, since rounding looks "
+           "at the whole batch and is not causal; evaluation is exact top-k")
+
+
+def rounding_notes(run: Run) -> list[str]:
+    """What a reader of the run's table must know about rounded rows; nothing if there are none."""
+    rounded = [row for row in run.rows if row.rounding]
+    return [*map(rounding_text, rounded), ROUNDED] if rounded else []
+
+
 def gate_line(row: Row) -> str:
     """One line on what the gate said of a level."""
     if row.rel_err is None:
@@ -75,14 +100,14 @@ def run_table(run: Run) -> Table:
         if row.kind != kind:
             table.add_section()
             kind = row.kind
-        gain = gains.get(row.number)
+        gain = gains.get(row.name) if row.kind == "level" else None
         step = Text(ratio(gain.step if gain else None), style="red" if gain and gain.step and gain.step < 1 else "")
         wall, spread = status_text(row), ""
         if row.wall_ms is not None and row.status in ("ok", "interpreted"):
             wall = number(row.wall_ms.p50) if row.timed else f"({number(row.wall_ms.p50)})"
             spread = f"{number(row.wall_ms.p20)}-{number(row.wall_ms.p80)}"
         table.add_row(
-            "" if row.number is None else str(row.number), row.name,
+            "" if row.number is None else str(row.number), name_text(row),
             "-" if row.rel_err is None else f"{row.rel_err:.1e}",
             Text(wall, style="red" if row.status == "failed" else "yellow" if not row.timed else "bold"), spread,
             number(row.gpu_ms.p50 if row.gpu_ms else None),
@@ -93,6 +118,7 @@ def run_table(run: Run) -> Table:
         )
     why = [f"{row.name}: {row.reason}" for row in run.rows
            if row.status in ("failed", "not installed", "oom") or ":" in row.reason]
+    why += rounding_notes(run)
     table.caption, table.caption_justify = "\n".join(why) or None, "left"
     return table
 

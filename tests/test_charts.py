@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from matplotlib import pyplot as plt
+from rich.console import Console
 
 from common import charts
 from common.config import DEFAULT_TOKENS
 from common.measure import Spread
 from common.readme import TABLE, markdown, render
 from common.results import Row, Run, load, save, speedups
+from common.show import run_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "plots").glob("*.json"))
@@ -25,7 +28,8 @@ def row(number: int, ms: float | None, **fields) -> Row:
     spread = None if ms is None else Spread(ms * 0.9, ms, ms * 1.1)
     known = {"samples": 5, "peak_mib": 10.0 * (number + 1), "status": "ok",
              "roofline_share": None if ms is None else 1 / ms}
-    return Row("level", number, f"name{number}", "adds", wall_ms=spread, gpu_ms=spread, **{**known, **fields})
+    return Row("level", number, fields.pop("name", f"name{number}"), "adds", wall_ms=spread, gpu_ms=spread,
+               **{**known, **fields})
 
 
 def made_up(T: int, *rows: Row) -> Run:
@@ -66,15 +70,15 @@ def test_ladder_bars_are_the_recorded_ratios(runs):
     for ax, run in zip(fig.axes, charts.panels(runs), strict=True):
         timed = [one for one in run.levels if one.timed]
         first = timed[0].wall_ms.p50
-        assert bars(ax) == {f"level{one.number}": pytest.approx(first / one.wall_ms.p50) for one in timed}
+        assert bars(ax) == {one.name: pytest.approx(first / one.wall_ms.p50) for one in timed}
 
 
 def test_a_losing_step_has_its_own_colour():
     ax = charts.ladder(RUNS).axes[0]
     colors = {patch.get_gid(): patch.get_facecolor() for patch in ax.patches if patch.get_gid()}
-    assert colors["level2"] != colors["level1"]
+    assert colors["name2"] != colors["name1"]
     noise = charts.ladder([made_up(64, row(0, 10.0), row(1, 10.5))]).axes[0]
-    assert {patch.get_facecolor() for patch in noise.patches if patch.get_gid() == "level1"} != {colors["level2"]}
+    assert {patch.get_facecolor() for patch in noise.patches if patch.get_gid() == "name1"} != {colors["name2"]}
     assert any("out of memory" in text.get_text() for text in ax.texts)
 
 
@@ -82,21 +86,21 @@ def test_scale_lines_are_the_recorded_times(runs):
     if len(runs) < 2:
         pytest.skip("one token count has no scale")
     drawn = lines(charts.scale(runs).axes[0])
-    for number in {one.number for one in runs[-1].levels}:
-        rows = [(run.shape["T"], one) for run in runs for one in run.levels if one.number == number]
-        assert drawn[f"level{number}"] == [(T, pytest.approx(one.wall_ms.p50)) for T, one in rows if one.timed]
-        assert [T for T, _ in drawn[f"level{number}-oom"]] == [T for T, one in rows if one.status == "oom"]
+    for name in {one.name for run in runs for one in run.levels}:
+        rows = [(run.shape["T"], one) for run in runs for one in run.levels if one.name == name]
+        assert drawn[name] == [(T, pytest.approx(one.wall_ms.p50)) for T, one in rows if one.timed]
+        assert [T for T, _ in drawn[f"{name}-oom"]] == [T for T, one in rows if one.status == "oom"]
     assert drawn["bound"] == [(run.shape["T"], run.row("cuBLAS bmm").wall_ms.p50) for run in runs]
 
 
 def test_memory_bars_are_the_recorded_peaks(runs):
     for ax, run in zip(charts.memory(runs).axes, charts.panels(runs), strict=True):
-        assert bars(ax) == {f"level{one.number}": one.peak_mib for one in run.levels if one.status == "ok"}
+        assert bars(ax) == {one.name: one.peak_mib for one in run.levels if one.status == "ok"}
 
 
 def test_roofline_bars_are_the_recorded_shares(runs):
     for ax, run in zip(charts.roofline(runs).axes, charts.panels(runs), strict=True):
-        assert bars(ax) == {f"level{one.number}": pytest.approx(100 * one.roofline_share)
+        assert bars(ax) == {one.name: pytest.approx(100 * one.roofline_share)
                             for one in run.levels if one.timed}
         assert lines(ax)["bound"][0][0] == pytest.approx(100 * run.row("cuBLAS bmm").roofline_share)
 
@@ -123,10 +127,71 @@ def test_panels_prefer_the_presets_token_counts():
 
 def test_speedups_skip_what_has_no_time():
     gains = speedups(RUNS[1])
-    assert set(gains) == {0, 2, 3}
-    assert gains[2].step == pytest.approx(10)
-    assert gains[3].step == pytest.approx(20)
-    assert gains[3].total == pytest.approx(200)
+    assert set(gains) == {"name0", "name2", "name3"}
+    assert gains["name2"].step == pytest.approx(10)
+    assert gains["name3"].step == pytest.approx(20)
+    assert gains["name3"].total == pytest.approx(200)
+
+
+# ---- a level with rounded routing: another function, and marked as such ------------------------------
+
+ROUNDING = {"tile": 128, "mode": "nearest", "rows_dropped": 1000, "rows_added": 1200, "share_changed": 0.05,
+            "utilisation_before": 0.9, "utilisation_after": 1.0, "tokens_without_expert": 3, "gpu_us": 33.0}
+ROUNDED = [
+    made_up(64, row(0, 100.0), row(1, 10.0), row(2, 10.0, reason="rounding is off: too few rows")),
+    made_up(512, row(0, 200.0), row(1, 20.0), row(2, 16.0, variant="rounded", rounding=ROUNDING),
+            row(3, 10.0), row(3, 8.0, variant="rounded", name="name3 rounded", rounding=ROUNDING)),
+]
+
+
+def test_a_step_compares_like_with_like():
+    gains = speedups(ROUNDED[1])
+    assert gains["name2"].step == pytest.approx(20 / 16), "the first rounded level is read against the last exact one"
+    assert gains["name3"].step == pytest.approx(20 / 10), "an exact level against the exact level below"
+    assert gains["name3 rounded"].step == pytest.approx(16 / 8)
+    assert gains["name3 rounded"].total == pytest.approx(200 / 8)
+
+
+def test_a_rounded_bar_is_hatched_and_named():
+    exact, rounded = charts.ladder(ROUNDED).axes
+    hatched = [{patch.get_gid() for patch in ax.patches if patch.get_hatch()} for ax in (exact, rounded)]
+    assert hatched == [set(), {"name2", "name3 rounded"}]
+    words = [text.get_text() for text in rounded.texts]
+    assert sum(word.endswith(", rounded") for word in words) == 2
+    assert any("another function" in text.get_text() for text in rounded.get_legend().get_texts())
+    assert not any("another function" in text.get_text() for text in charts.ladder(RUNS).findobj(plt.Text))
+
+
+def test_a_rounded_point_has_its_own_mark():
+    ax = charts.scale(ROUNDED).axes[0]
+    assert lines(ax)["name2"] == [(64, 10.0), (512, 16.0)]
+    assert lines(ax)["name2-rounded"] == [(512, 16.0)]
+    assert lines(ax)["name1-rounded"] == []
+    assert "rounded routing" in ax.get_legend().get_title().get_text()
+
+
+def test_tables_say_what_rounding_changed(tmp_path):
+    off, on = (markdown(run) for run in ROUNDED)
+    assert "| 2 | name2 (rounded) | 16.0" in on
+    assert "| 3 | name3 rounded | 8.00" in on
+    assert ("name2 (rounded): tile 128, nearest: 1,000 rows dropped, 1,200 added (5.0% of routes), tile utilisation "
+            "90.0% before, 100.0% after, 3 tokens without expert, 33.0 us for rounding itself.") in on
+    assert "not causal; evaluation is exact top-k." in on
+    assert "rounded" not in off
+    assert "- name2: rounding is off: too few rows." in off
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(run_table(ROUNDED[1]))
+    assert "not causal" in console.export_text()
+    assert load(save(tmp_path, ROUNDED[1])) == [ROUNDED[1]]
+
+
+def test_results_from_before_there_were_variants_still_load(tmp_path):
+    path = save(tmp_path, RUNS[0])
+    data = json.loads(path.read_text())
+    for one in data["runs"][0]["rows"]:
+        del one["rounding"]
+    path.write_text(json.dumps(data))
+    assert load(path) == [RUNS[0]]
 
 
 # ---- results files and README --------------------------------------------------------------------

@@ -44,6 +44,7 @@ import torch
 
 import common.level  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from common.config import MoEConfig
+from common.rounded import Rounding
 
 import triton
 import triton.language as tl
@@ -54,6 +55,8 @@ MODES = ("nearest", "up", "down", "balance", "exact")
 LEAST_TILES = 2.0  # mean rows an expert, in tiles: SonicMoE finds quality falling at 1 and not at 2
 MOST_PROGRAMS = 256  # of rank_keys
 MOST_IN_REGISTERS = 32768  # tokens of a column that 1024 threads can hold, 32 keys each
+WRITTEN_A_WARP = 64  # rows that a warp writes at a time: with 128, Triton 3.6 spills a few registers
+KERNELS = ("rank_keys", "round_counts", "select_rows", "list_entries")  # what rounding itself launches
 CHOSEN = tl.constexpr(1 << 30)
 NO_KEY = tl.constexpr(2**31 - 1)  # above every key
 
@@ -312,7 +315,7 @@ class Blocks(NamedTuple):
     column: int  # of an expert's column, to count in
     column_out: int  # and to write out
     column_warps: int
-    in_registers: bool
+    in_registers: bool  # whether a column is read once for all counts
 
 
 def choose_blocks(T: int, E: int) -> Blocks:
@@ -322,7 +325,7 @@ def choose_blocks(T: int, E: int) -> Blocks:
     in_registers = T <= MOST_IN_REGISTERS
     column = max(128, triton.next_power_of_2(max(T, 1))) if in_registers else MOST_IN_REGISTERS // 2
     warps, column_warps = min(16, max(4, tokens * e_pow2 // 512)), min(32, max(4, column // 512))
-    return Blocks(tokens, warps, column, min(column, 128 * column_warps), column_warps, in_registers)
+    return Blocks(tokens, warps, column, min(column, WRITTEN_A_WARP * column_warps), column_warps, in_registers)
 
 
 def round_tokens(probs_TE: torch.Tensor, expert_ids_TK: torch.Tensor, plan: Plan) -> Rounded:
@@ -416,7 +419,8 @@ def dense_scores(rounded: Rounded, plan: Plan) -> torch.Tensor:
     """The weights in force as (T, E) float32, 0 where an expert does not get a token: for oracles and studies."""
     rows_C = torch.arange(plan.capacity, device=rounded.offsets_E1.device)
     used_C = rows_C < rounded.offsets_E1[-1]
-    expert_of_row_C = torch.searchsorted(rounded.offsets_E1[1:], rows_C, right=True).clamp_max(plan.E - 1)
+    # In the whole of offsets_E1: compiled, torch 2.11 searches a slice of it from the wrong start (pytorch #160964).
+    expert_of_row_C = (torch.searchsorted(rounded.offsets_E1, rows_C, right=True) - 1).clamp_max(plan.E - 1)
     score_of_row_C = torch.zeros_like(rounded.score_of_entry_C)
     row_of_entry_C = torch.where(used_C, rounded.row_of_entry_C, rows_C)  # entries and rows in use are equally many
     score_of_row_C.scatter_(0, row_of_entry_C.long(), torch.where(used_C, rounded.score_of_entry_C, 0.0))
@@ -436,3 +440,9 @@ def report_rounding(rounded: Rounded, plan: Plan) -> RoundingReport:
 
     return RoundingReport(dropped, added, (dropped + added) / max(1, plan.T * plan.K), utilisation(before_E),
                           utilisation(after_E), (rounded.first_of_token_T1.diff() == 0).sum())
+
+
+def describe(rounded: Rounded, plan: Plan) -> Rounding:
+    """What a forward tells of a rounded routing to whoever judges it. Waits for the GPU."""
+    report = {name: value.item() for name, value in report_rounding(rounded, plan)._asdict().items()}
+    return Rounding(dense_scores(rounded, plan), plan.tile, plan.mode, report, KERNELS)

@@ -1,0 +1,387 @@
+"""Level 7: tile rounding. Every expert gets a whole number of row tiles.
+
+Adds   token rounding of the router's choice: the rows of each expert become a multiple of the GEMM's tile.
+Why    an expert's last row tile is half empty on average and costs what a full one does: E * tile / 2 of
+       T*K + E * tile / 2 rows multiplied are padding. Level 6 also sorts all T*K rows by expert.
+How    an expert chosen by f tokens gets the nearest multiple of the tile: it drops its weakest tokens, or adds
+       its best that were not chosen; in labs/kernels/rounding.py, where level 8 finds it too (a level imports
+       no other level; the kernels' folder stands beside them). Four small kernels take the place of the sort:
+       scores (T,E), choice (T,K) -> rows a tile each, tokens of each row, rows of each token
+Costs  another function than top-k: it looks at the whole batch, so it is not causal. For training and offline
+       use. Evaluation is build(..., mode="exact"), which is level 6 to the letter. Under two tiles of rows an
+       expert rounding moves too many routes: there it is off with a warning, exact too.
+       Buffers have the most rows that rounding can give: up to E * tile / 2 more are gathered than are used.
+Needs  CUDA.
+Run    python labs/level7_tile_rounding.py --preset qwen3-30b-a3b --tokens 16384
+Diff   make diff N=7
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from common.config import MoEConfig
+from common.level import Claims, Level, main
+from common.model import Weights
+from common.rounded import Rounding
+from labs.kernels.rounding import Plan, Rounded, combine_rounded, describe, plan_rounding, round_tokens
+
+import triton  # after common.level, which picks Triton's interpreter where there is no GPU
+import triton.language as tl
+
+# T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
+# A tensor's suffix is its shape: x_TD is (T, D), gate_up_E2FD is (E, 2F, D).
+
+LEVEL = Level(
+    number=7,
+    name="tile_rounding",
+    adds="whole row tiles for every expert, by rounding the routing",
+    changes=("TILES", "grouped_gemm", "experts", "route_rounded", "layer_rounded", "RoundedReplay", "build"),
+    requires=("cuda",),
+    variants=("rounded",),
+    claims=Claims(host_syncs=0, max_launches=2),
+)
+
+# Row tiles to round to. The GEMM's tiles are as long, or half as long.
+TILES = (64, 128, 256)
+
+# Graphs kept, one a token count; the least recently used goes first.
+MAX_GRAPHS = 16
+
+
+@triton.jit
+def silu_mul_kernel(
+    gate_up_ptr,  # (R, 2F) gate columns, then up columns
+    hidden_ptr,  # (R, F) same dtype
+    F,
+    BLOCK_F: tl.constexpr,
+):
+    """hidden = silu(gate) * up in float32, rounded once.
+
+    Grid (R, cdiv(F, BLOCK_F)): a program owns BLOCK_F columns of one row.
+    """
+    row = tl.program_id(0).to(tl.int64)  # R * 2F passes 2**31 at real sizes
+    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = column < F
+    gate = tl.load(gate_up_ptr + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(hidden_ptr + row * F + column, gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+def silu_mul(gate_up_R2F: torch.Tensor) -> torch.Tensor:
+    """(R, 2F) gate and up -> (R, F) silu(gate) * up, same dtype."""
+    R, two_F = gate_up_R2F.shape
+    F = two_F // 2
+    hidden_RF = gate_up_R2F.new_empty(R, F)
+    if R > 0:
+        block_F = min(1024, triton.next_power_of_2(F))
+        silu_mul_kernel[(R, triton.cdiv(F, block_F))](gate_up_R2F, hidden_RF, F, BLOCK_F=block_F)
+    return hidden_RF
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    a_ptr,  # (R, K) rows sorted by expert
+    w_ptr,  # (E, N, K)
+    out_ptr,  # (R, N)
+    offsets_ptr,  # (E + 1,) int32
+    E,
+    N,
+    K,
+    E_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[rows of e] = a[rows of e] @ w[e].T for all experts e. Float32 accumulator, one rounding.
+
+    Grid (tiles,): a program owns BLOCK_M rows of one expert by BLOCK_N columns, or nothing. Tiles
+    count up along an expert's rows first, so that neighbours read the same weights from L2.
+    """
+    tile = tl.program_id(0)
+    experts = tl.arange(0, E_POW2)
+    row_starts = tl.load(offsets_ptr + experts, mask=experts < E, other=0)
+    row_ends = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0)
+    tiles = tl.cdiv(row_ends - row_starts, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    tile_ends = tl.cumsum(tiles, 0)
+    if tile >= tl.sum(tiles, 0):
+        return
+    expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
+    tile_in_expert = tile - tl.sum(tl.where(experts < expert, tiles, 0), 0)
+    row_start = tl.load(offsets_ptr + expert)
+    row_end = tl.load(offsets_ptr + expert + 1)
+    row_tiles = tl.cdiv(row_end - row_start, BLOCK_M)
+    row = row_start + tile_in_expert % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_in_expert // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # Past the edge, load the last row or column again: cheaper than a mask, and never stored.
+    row_offset = tl.minimum(row, row_end - 1).to(tl.int64) * K  # R * K passes 2**31 at real sizes
+    column_offset = expert.to(tl.int64) * N * K + tl.minimum(column, N - 1) * K
+    depth = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + row_offset[:, None] + depth[None, :]
+    w_ptrs = w_ptr + column_offset[None, :] + depth[:, None]
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(a_ptrs + k, mask=depth[None, :] < K - k, other=0.0)
+        w = tl.load(w_ptrs + k, mask=depth[:, None] < K - k, other=0.0)
+        accumulator = tl.dot(a, w, accumulator, input_precision="ieee")
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(out_ptrs, accumulator, mask=(row < row_end)[:, None] & (column < N)[None, :])
+
+
+class Tile(NamedTuple):
+    """What one program of the grouped GEMM computes at a time, and with what."""
+
+    block_M: int
+    block_N: int
+    block_K: int
+    warps: int
+    stages: int
+
+
+def choose_tile(rows_per_expert: float, itemsize: int, shared_memory: int) -> Tile:
+    """The tile for so many mean rows an expert: rows past an expert's end are work thrown away, but a
+    tile of more rows reads fewer weights a row. The largest needs more shared memory, in bytes, than
+    consumer GPUs have. Picked from seven or eight 16-bit tiles timed at each load on an H200, mostly on
+    qwen3-30b-a3b: few large experts would want 32 rows. The float32 tiles and the last are not timed."""
+    if itemsize == 4:
+        return Tile(16 if rows_per_expert <= 16 else 64, 64, 32, warps=4, stages=2)
+    if rows_per_expert <= 16:
+        return Tile(16, 64, 128, warps=4, stages=4)
+    if rows_per_expert <= 64:
+        return Tile(64, 128, 64, warps=4, stages=4)
+    if shared_memory >= 160 * 1024:
+        return Tile(128, 256, 64, warps=8, stages=3)
+    return Tile(128, 128, 32, warps=8, stages=3)
+
+
+def grouped_gemm(
+    a_RK: torch.Tensor, w_ENK: torch.Tensor, offsets_E1: torch.Tensor, shared_memory: int, most_rows: int = max(TILES)
+) -> torch.Tensor:
+    """(R, K) rows sorted by expert times each row's own expert of (E, N, K) -> (R, N), same dtype. Tiles have at
+    most `most_rows` rows."""
+    (R, K), (E, N, _) = a_RK.shape, w_ENK.shape
+    out_RN = a_RK.new_empty(R, N)
+    if R > 0:
+        tile = choose_tile(min(R / E, most_rows), a_RK.element_size(), shared_memory)
+        most_row_tiles = triton.cdiv(R, tile.block_M) + min(E, R)
+        grouped_gemm_kernel[(most_row_tiles * triton.cdiv(N, tile.block_N),)](
+            a_RK, w_ENK, out_RN, offsets_E1, E, N, K,
+            E_POW2=triton.next_power_of_2(E),
+            BLOCK_M=tile.block_M, BLOCK_N=tile.block_N, BLOCK_K=tile.block_K,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )
+    return out_RN
+
+
+def shared_memory_bytes(device: torch.device) -> int:
+    """Shared memory that one program may use; 0 on a CPU, where the interpreter has none."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def router_logits(x_TD: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
+    """(T, E) float32 logits. Logits rounded to bfloat16 would pick other experts on near ties."""
+    if x_TD.is_cuda and x_TD.dtype != torch.float32:
+        return torch.mm(x_TD, router_ED.T, out_dtype=torch.float32)
+    return x_TD.float() @ router_ED.T.float()
+
+
+def route(x_TD: torch.Tensor, router_ED: torch.Tensor, cfg: MoEConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's K experts: scores_TK float32 and expert_ids_TK int64, best first."""
+    logits_TE = router_logits(x_TD, router_ED)
+    if cfg.scoring == "softmax_topk":
+        scores_TK, expert_ids_TK = logits_TE.softmax(dim=1).topk(cfg.K, dim=1)
+    else:
+        top_logits_TK, expert_ids_TK = logits_TE.topk(cfg.K, dim=1)
+        scores_TK = top_logits_TK.softmax(dim=1)
+    if cfg.renormalize:
+        scores_TK = scores_TK / scores_TK.sum(dim=1, keepdim=True)
+    return scores_TK, expert_ids_TK
+
+
+# index array       shape     from -> to
+# expert_ids_TK     (T, K)    token, slot -> expert
+# slot_of_row_R     (R,)      sorted row -> t * K + k, the slot it came from
+# offsets_E1        (E + 1,)  expert -> its first sorted row; the last entry is R
+# row_of_slot_TK    (T, K)    token, slot -> sorted row, the inverse of slot_of_row_R
+
+
+def dispatch(
+    x_TD: torch.Tensor, expert_ids_TK: torch.Tensor, E: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort the routed rows by expert, ties in token order: x_RD (R, D), offsets_E1 int32, row_of_slot_TK int64."""
+    K = expert_ids_TK.shape[1]
+    # The radix sort passes over its keys once a byte: 16-bit keys take a quarter of int64's passes.
+    key = torch.int16 if E < 2**15 else torch.int32
+    sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(key).sort(stable=True)
+    x_RD = x_TD[slot_of_row_R // K]  # first, so that the GPU has work while the host launches the rest
+    bounds_E1 = torch.arange(E + 1, dtype=key, device=x_TD.device)
+    offsets_E1 = torch.searchsorted(sorted_ids_R, bounds_E1, out_int32=True)
+    rows_R = torch.arange(slot_of_row_R.numel(), device=x_TD.device)
+    row_of_slot_TK = torch.empty_like(expert_ids_TK)
+    row_of_slot_TK.view(-1).scatter_(0, slot_of_row_R, rows_R)
+    return x_RD, offsets_E1, row_of_slot_TK
+
+
+def experts(
+    x_RD: torch.Tensor, offsets_E1: torch.Tensor, weights: Weights, shared_memory: int, most_rows: int = max(TILES)
+) -> torch.Tensor:
+    """Sorted rows through their experts: (R, D) -> (R, D)."""
+    gate_up_R2F = grouped_gemm(x_RD, weights.gate_up_E2FD, offsets_E1, shared_memory, most_rows)
+    return grouped_gemm(silu_mul(gate_up_R2F), weights.down_EDF, offsets_E1, shared_memory, most_rows)
+
+
+def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
+    """Gather each token's K rows and sum them, weighted by score in float32: (R, D) -> (T, D)."""
+    return (y_RD[row_of_slot_TK] * scores_TK[:, :, None]).sum(dim=1).to(y_RD.dtype)
+
+
+def route_rounded(x_TD: torch.Tensor, router_ED: torch.Tensor, cfg: MoEConfig, plan: Plan) -> Rounded:
+    """Each expert's tokens in whole tiles, with their scores, in place of each token's K experts. Its index arrays
+    are in labs/kernels/rounding.py; C rows is the most that the plan can give."""
+    probs_TE = router_logits(x_TD, router_ED).softmax(dim=1)
+    expert_ids_TK = probs_TE.topk(cfg.K, dim=1).indices
+    return round_tokens(probs_TE, expert_ids_TK, plan)
+
+
+def layer_rounded(
+    x_TD: torch.Tensor, weights: Weights, cfg: MoEConfig, plan: Plan, shared_memory: int
+) -> tuple[torch.Tensor, Rounded]:
+    """The layer with rounded routing, (T, D) -> (T, D), and that routing. A token without expert is zeros."""
+    rounded = route_rounded(x_TD, weights.router_ED, cfg, plan)
+    x_CD = x_TD[rounded.token_of_row_C]
+    y_CD = experts(x_CD, rounded.offsets_E1, weights, shared_memory, plan.tile)
+    return combine_rounded(y_CD, rounded, plan), rounded
+
+
+class Replay:
+    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at any T,
+    because the graphs share their memory.
+
+    Raises ValueError if x is not (T, D) in the dtype and on the device of the weights: a copy into the
+    captured input would convert it without a word.
+    """
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], weights: Weights):
+        self.forward = forward
+        self.like = weights.router_ED
+        self.graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        D, dtype, device = self.like.shape[1], self.like.dtype, self.like.device
+        if x_TD.dim() != 2 or x_TD.shape[1] != D or x_TD.dtype != dtype or x_TD.device != device:
+            raise ValueError(f"x is {tuple(x_TD.shape)} {x_TD.dtype} on {x_TD.device}: "
+                             f"this forward was built for (T, {D}) {dtype} on {device}")
+        T = x_TD.shape[0]
+        if T == 0:
+            return torch.empty_like(x_TD)
+        if T not in self.graphs:
+            self.graphs[T] = self.capture(x_TD)
+            if len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(T)
+        graph, captured_x_TD, captured_out_TD = self.graphs[T]
+        captured_x_TD.copy_(x_TD)
+        graph.replay()
+        return captured_out_TD
+
+    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """Run `forward` once to compile its kernels, then record it: graph, its input, its output."""
+        captured_x_TD = x_TD.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.forward(captured_x_TD)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            captured_out_TD = self.forward(captured_x_TD)
+        return graph, captured_x_TD, captured_out_TD
+
+
+def compile_whole(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`forward` compiled without graph breaks, once for each T that it is called with.
+
+    `Replay` bounds how many T are kept. PyTorch's own bound counts all compilations of a function,
+    those of other layers and of T long dropped among them, so it is lifted here.
+    """
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    def call(x_TD: torch.Tensor) -> torch.Tensor:
+        with torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16):
+            return compiled(x_TD)
+
+    return call
+
+
+class RoundedReplay(Replay):
+    """A Replay of a forward that also returns its rounded routing, or None where top-k is exact.
+
+    The routing of the last replay stays where the graph has written it, for `rounding` to tell.
+    """
+
+    def __init__(self, forward: Callable, weights: Weights, plan: Callable[[int], Plan]):
+        super().__init__(forward, weights)
+        self.plan = plan
+        self.rounded: dict[int, Rounded | None] = {}
+
+    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """As Replay's, with the routing put aside."""
+        graph, captured_x_TD, (captured_out_TD, rounded) = super().capture(x_TD)
+        kept = {T: routing for T, routing in self.rounded.items() if T in self.graphs}
+        self.rounded = {**kept, x_TD.shape[0]: rounded}
+        return graph, captured_x_TD, captured_out_TD
+
+    def rounding(self, T: int) -> Rounding | None:
+        """How the last call with T tokens was rounded; None if it was exact. Waits for the GPU."""
+        rounded = self.rounded.get(T)
+        return None if rounded is None else describe(rounded, self.plan(T))
+
+
+def build(cfg: MoEConfig, weights: Weights, tile: int = 128, mode: str = "nearest") -> RoundedReplay:
+    """A forward x_TD -> out_TD, (T, D) in the weights' dtype, T >= 0, that rounds to `tile` rows.
+
+    mode: nearest, up, down, balance, or exact for evaluation. Raises ValueError on misfit weights, or another
+    tile or mode.
+    """
+    weights.check(cfg)
+    if tile not in TILES:
+        raise ValueError(f"tile={tile}: choose one of {', '.join(map(str, TILES))}, which the GEMM's tiles divide")
+    plan_rounding(cfg, 0, tile, mode, least_tiles=0)  # so that an unknown mode is named now
+    shared_memory = shared_memory_bytes(weights.device)
+
+    def plan(T: int) -> Plan:
+        return plan_rounding(cfg, T, tile, mode)
+
+    def exact(x_TD: torch.Tensor) -> torch.Tensor:
+        scores_TK, expert_ids_TK = route(x_TD, weights.router_ED, cfg)
+        x_RD, offsets_E1, row_of_slot_TK = dispatch(x_TD, expert_ids_TK, cfg.E)
+        y_RD = experts(x_RD, offsets_E1, weights, shared_memory)
+        return combine(y_RD, row_of_slot_TK, scores_TK)
+
+    def rounded(x_TD: torch.Tensor) -> tuple[torch.Tensor, Rounded]:
+        return layer_rounded(x_TD, weights, cfg, plan(x_TD.shape[0]), shared_memory)
+
+    compiled_exact, compiled_rounded = compile_whole(exact), compile_whole(rounded)
+
+    def forward(x_TD: torch.Tensor) -> tuple[torch.Tensor, Rounded | None]:
+        if plan(x_TD.shape[0]).mode == "exact":  # warns where that was not asked for; compiled code could not
+            return compiled_exact(x_TD), None
+        return compiled_rounded(x_TD)
+
+    return RoundedReplay(forward, weights, plan)
+
+
+if __name__ == "__main__":
+    main(LEVEL)
