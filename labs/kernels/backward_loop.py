@@ -1,0 +1,182 @@
+"""One loop for the grouped GEMMs of a mixture that trains: rows times their experts' weights, whatever comes after.
+
+    rows       gathered by token or contiguous, by pointers (16-byte cp.async), or contiguous by TMA
+    weights    (E, N, K), (E, K, N) or gate and up together; TMA in boxes that end with the expert, or pointers
+    results    from registers, masked: a tile that reaches past its expert's rows stores only its expert's
+
+One program an SM; it owns every grid-th output tile and walks through the K steps of all its tiles in one loop, so that
+the pipeliner issues the loads of a tile while the one before it is multiplied and stored. (tl.range's flatten does that
+too, but keeps a second copy of the epilogue and waits for each multiplication.) Experts may start at any row.
+
+    index array     shape     from -> to
+    offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
+    token_of_row_R  (R,)      row -> token
+    tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group
+"""
+
+from __future__ import annotations
+
+import torch
+
+from labs.kernels.plain_gemm import AMPERE, CONSUMER, HOPPER, PlainTile
+
+import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# T tokens, D model width, F expert width, E experts, R rows: T*K routed ones, or the most that rounding may give.
+# In kernels M, N and K are the GEMM tile's axes.
+
+
+# ---- operands: (BLOCK_M, BLOCK_K) of rows, (BLOCK_K, BLOCK_N) of weights ------------------------------------------
+@triton.jit
+def tma_gate_up(weights, expert, column, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Gate rows then up rows of (2E, F, D), half a tile each, transposed: boxes 2 x BLOCK_N / 2 x BLOCK_K."""
+    return weights.load([2 * expert, column, k]).reshape(BLOCK_N, BLOCK_K).T
+
+
+@triton.jit
+def pointer_gate_up(weights, expert, column, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """As tma_gate_up; past F the last row again, never stored."""
+    i = tl.arange(0, BLOCK_N)
+    half: tl.constexpr = BLOCK_N // 2
+    row = expert * 2 * N + i // half * N + tl.minimum(column + i % half, N - 1)
+    depth = k + tl.arange(0, BLOCK_K)
+    pointers = weights + (row.to(tl.int64) * K)[None, :] + depth[:, None]
+    return tl.load(pointers, mask=(depth < K)[:, None], other=0.0)
+
+
+@triton.jit
+def tma_transposed(weights, expert, column, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of weights (E, N, K): boxes 1 x BLOCK_N x BLOCK_K."""
+    return weights.load([expert, column, k]).reshape(BLOCK_N, BLOCK_K).T
+
+
+@triton.jit
+def pointer_transposed(weights, expert, column, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of weights (E, N, K); past N the last row again, never stored."""
+    row = expert * N + tl.minimum(column + tl.arange(0, BLOCK_N), N - 1)
+    depth = k + tl.arange(0, BLOCK_K)
+    pointers = weights + (row.to(tl.int64) * K)[None, :] + depth[:, None]
+    return tl.load(pointers, mask=(depth < K)[:, None], other=0.0)
+
+
+@triton.jit
+def tma_straight(weights, expert, column, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of weights (E, K, N): boxes 1 x BLOCK_K x BLOCK_N."""
+    return weights.load([expert, k, column]).reshape(BLOCK_K, BLOCK_N)
+
+
+@triton.jit
+def pointer_straight(weights, expert, column, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of weights (E, K, N); zeros past the edges."""
+    columns = column + tl.arange(0, BLOCK_N)
+    depth = k + tl.arange(0, BLOCK_K)
+    row = expert.to(tl.int64) * K + depth
+    return tl.load(weights + row[:, None] * N + columns[None, :], mask=(depth < K)[:, None] & (columns < N)[None, :],
+                   other=0.0)
+
+
+@triton.jit
+def find_tile(offsets_ptr, tiles_ptr, tile, column_tiles, wanted, old):
+    """Output tile -> (expert, first row, the expert's end, column tile); `old` unless wanted. Row tiles run fastest."""
+    expert, first_row, row_end, column_tile = old
+    entry = tiles_ptr + tile // column_tiles * 5
+    group_first = tl.load(entry + 3, mask=wanted, other=0)
+    group_size = tl.load(entry + 4, mask=wanted, other=1)
+    local = tile - group_first * column_tiles
+    entry = tiles_ptr + (group_first + local % group_size) * 5
+    expert = tl.load(entry, mask=wanted, other=expert)
+    first_row = tl.load(entry + 1, mask=wanted, other=first_row)
+    row_end = tl.load(offsets_ptr + expert + 1, mask=wanted, other=row_end)
+    return expert, first_row, row_end, tl.where(wanted, local // group_size, column_tile)
+
+
+@triton.jit
+def multiply_tiles(rows, token_of_row_ptr, weights, N, K, offsets_ptr, tiles_ptr, tile_count_ptr, out,
+                   read: tl.constexpr, load_weights: tl.constexpr, finish: tl.constexpr, COLUMNS: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """rows times their experts' weights, every grid-th tile; `finish` gets each tile's float32 accumulator.
+
+    One loop over the K steps of all tiles, so that the loads of the next tile are on their way while one is finished.
+    COLUMNS: the columns of N that a tile covers. read: see the table above.
+    """
+    column_tiles = tl.cdiv(N, COLUMNS)
+    grid = tl.num_programs(0)
+    tile = tl.program_id(0)
+    total = tl.load(tile_count_ptr) * column_tiles
+    steps = (total - tile + grid - 1) // grid * tl.cdiv(K, BLOCK_K)
+    m = tl.arange(0, BLOCK_M)
+    depth = tl.arange(0, BLOCK_K)
+    expert, first_row, row_end, column_tile = find_tile(offsets_ptr, tiles_ptr, tile, column_tiles, tile < total,
+                                                        (0, 0, 1, 0))
+    # Past the expert's end, load its last row again: cheaper than a mask, and never stored.
+    source = tl.minimum(first_row + m, row_end - 1)
+    if read == "gathered":
+        source = tl.load(token_of_row_ptr + source)
+    k = 0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(steps):
+        if read == "tma":
+            a = rows.load([first_row, k])
+        else:
+            pointers = rows + (source.to(tl.int64) * K)[:, None] + (k + depth)[None, :]  # passes 2**31 at real sizes
+            a = tl.load(pointers, mask=(k + depth < K)[None, :], other=0.0)
+        w = load_weights(weights, expert, column_tile * COLUMNS, k, N, K, BLOCK_N, BLOCK_K)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+        last = k + BLOCK_K >= K
+        if last:
+            finish(out, acc, first_row + m, row_end, column_tile, N)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        tile = tl.where(last, tile + grid, tile)
+        more = last & (tile < total)
+        expert, first_row, row_end, column_tile = find_tile(
+            offsets_ptr, tiles_ptr, tile, column_tiles, more, (expert, first_row, row_end, column_tile))
+        if read == "gathered":
+            source = tl.load(token_of_row_ptr + tl.minimum(first_row + m, row_end - 1), mask=more, other=source)
+        elif read == "pointers":
+            source = tl.minimum(first_row + m, row_end - 1)
+        k = tl.where(last, 0, k + BLOCK_K)
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns: they lie in the same threads."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tile.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def store_tile(out_ptr, values, row, row_end, column, end, width):
+    """Store those of the tile's rows that are its expert's, and its columns before `end`, of rows `width` long."""
+    columns = column + tl.arange(0, values.shape[1])
+    pointers = out_ptr + (row.to(tl.int64) * width)[:, None] + columns[None, :]
+    tl.store(pointers, values.to(out_ptr.dtype.element_ty), mask=(row < row_end)[:, None] & (columns < end)[None, :])
+
+
+# ---- tiles --------------------------------------------------------------------------------------------------------
+TILES = {80: AMPERE, 86: CONSUMER, 89: CONSUMER, 90: HOPPER, 120: CONSUMER}
+SMALL = PlainTile(64, 64, 32, warps=4, stages=2, tma=False)  # float32 anywhere, and all in the interpreter
+
+
+def tile_for(device: torch.device, dtype: torch.dtype) -> PlainTile:
+    """The tile of the kernels here and in backward_weights.py. Raises ValueError for a GPU that has none."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return SMALL
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor not in TILES:
+        raise ValueError(f"sm_{major}{minor}: no tile for it, only for sm_{', sm_'.join(map(str, TILES))}")
+    return TILES[10 * major + minor]
+
+
+def describe(matrix: torch.Tensor, box: list[int], tile: PlainTile) -> TensorDescriptor | torch.Tensor:
+    """What the kernel gets for a contiguous operand: a TMA descriptor in boxes of this shape, or the tensor."""
+    return TensorDescriptor.from_tensor(matrix, box) if tile.tma else matrix
+
+
+def blocks(tile: PlainTile) -> dict[str, int]:
+    """The tile as a launch takes it."""
+    return dict(BLOCK_M=tile.block_M, BLOCK_N=tile.block_N, BLOCK_K=tile.block_K, num_warps=tile.warps,
+                num_stages=tile.stages)
