@@ -1,0 +1,302 @@
+"""How many tokens a day does a cluster make of a model, at what cost, given measured layer times?
+
+    python labs/studies/throughput.py --config deepseek-v3 --hardware h100 --num-gpus 8
+    python labs/studies/throughput.py --config deepseek-v3 --hardware h100 --num-gpus 8 --claim 186e9
+
+A MoE layer's time is read from a results file of the ladder (plots/<gpu>_<config>.json, or --times FILE). Everything
+else is an assumption with a name, a value that is printed and an option that sets it. No result may need more FLOP/s
+than the GPUs have: such a one is refused, with the factor by which it is above, and --claim holds a claim of tokens a
+day to the same. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from common.config import MoEConfig, preset
+from common.results import Run, load
+from common.show import number, percent
+from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, main, plain_table, shown
+
+# D model width, F expert width, E experts, K top-k.
+
+SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a whole model has besides its routed experts. Parameters in billions, shared experts counted as active."""
+
+    layers: int
+    moe_layers: int
+    total_billions: float
+    active_billions: float
+    attention_width: int  # heads * head size: a token and one before it cost 4 * this many FLOPs a layer
+    source: str
+
+
+MODELS = {
+    "mixtral-8x7b": Model(32, 32, 46.7, 12.9, 32 * 128, "arXiv 2401.04088 and config.json"),
+    "qwen3-30b-a3b": Model(48, 48, 30.5, 3.3, 32 * 128, "arXiv 2505.09388 and config.json"),
+    "deepseek-v3": Model(61, 58, 671.0, 37.0, 128 * 160, "arXiv 2412.19437 and config.json; width: mean of "
+                                                         "192 for scores and 128 for values"),
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU's dense bf16 peak and memory, by its maker's datasheet; a price an hour, which is this study's guess."""
+
+    tflops: float
+    tbps: float
+    gigabytes: int
+    dollars_an_hour: float
+
+
+HARDWARE = {
+    "a100": Hardware(312, 2.04, 80, 1.5),
+    "h100": Hardware(989, 3.35, 80, 2.5),
+    "h200": Hardware(989, 4.8, 141, 3.0),
+    "b200": Hardware(2250, 8.0, 180, 5.0),
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The case, and every assumption."""
+    parser.add_argument("--config", choices=MODELS, default="qwen3-30b-a3b", help="default: qwen3-30b-a3b")
+    parser.add_argument("--hardware", choices=HARDWARE, default="h200", help="default: h200")
+    parser.add_argument("--num-gpus", type=int, default=8, help="default: 8")
+    parser.add_argument("--mode", choices=("training", "inference"), default="training",
+                        help="inference is prefill: many tokens at once (default: training)")
+    parser.add_argument("--times", type=Path, help="results file with the layer's times "
+                                                   "(default: plots/h200_<config>.json)")
+    parser.add_argument("--level", help="row of that file to build on (default: the fastest level)")
+    parser.add_argument("--layer-ms", type=float, help="a MoE layer's forward, instead of the measured one")
+    parser.add_argument("--layer-tokens", type=int, help="tokens of that forward (with --layer-ms)")
+    parser.add_argument("--backward", type=float, default=2.0,
+                        help="a backward's time over a forward's; its FLOPs are 2 (default: 2)")
+    parser.add_argument("--other-efficiency", type=float, default=0.5,
+                        help="share of the peak that attention and other work reach (default: 0.5)")
+    parser.add_argument("--sequence", type=int, default=4096, help="tokens that attend to each other (default: 4096)")
+    parser.add_argument("--doubling-efficiency", type=float, default=0.95,
+                        help="speed kept a GPU when their number doubles (default: 0.95)")
+    parser.add_argument("--price", type=float, help="dollars a GPU hour (default: a guess for the hardware)")
+    parser.add_argument("--claim", type=float, help="tokens a day that someone claims for this case: held to the peak")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the argument, for what cannot be."""
+    for name, least in (("num_gpus", 1), ("sequence", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    for name in ("other_efficiency", "doubling_efficiency"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0 and at most 1")
+    if args.backward < 0 or (args.price is not None and args.price < 0):
+        raise ValueError(f"--backward {args.backward} --price {args.price}: at least 0")
+    if (args.layer_ms is None) != (args.layer_tokens is None):
+        raise ValueError("--layer-ms and --layer-tokens: give both or neither")
+    if args.layer_ms is not None and (args.layer_ms <= 0 or args.layer_tokens < 1):
+        raise ValueError(f"--layer-ms {args.layer_ms} --layer-tokens {args.layer_tokens}: above 0")
+
+
+# ---- what is read --------------------------------------------------------------------------------
+
+def layer_time(args: argparse.Namespace) -> dict:
+    """Milliseconds and tokens of one MoE layer's forward, and where they come from. Raises ValueError, saying which
+    file or row is missing, and how to make it."""
+    if args.layer_ms is not None:
+        return {"ms": args.layer_ms, "tokens": args.layer_tokens, "source": "--layer-ms", "level": "given",
+                "environment": None, "ceilings": {}}
+    path = args.times or ROOT / "plots" / f"h200_{args.config}.json"
+    if not path.exists():
+        raise ValueError(f"--times {shown(path)}: there is no such file. On a GPU, level_runner.py --preset {args.config} "
+                         f"makes it; or give --layer-ms and --layer-tokens")
+    runs = [run for run in load(path) if run.routing == "natural" and not run.partial]
+    run = max(runs, key=lambda one: one.shape["T"])
+    if run.preset != args.config:
+        raise ValueError(f"--times {path}: holds {run.preset}, --config is {args.config}")
+    row = pick_row(run, args.level, path)
+    source = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else Path(path.name)
+    return {"ms": row.wall_ms.p50, "tokens": run.shape["T"], "source": str(source), "level": row.name,
+            "environment": run.environment, "ceilings": run.ceilings}
+
+
+def pick_row(run: Run, name: str | None, path: Path):
+    """The fastest timed level, or the row called `name`."""
+    timed = [row for row in run.rows if row.timed and (row.kind == "level" if name is None else row.name == name)]
+    if not timed:
+        known = ", ".join(row.name for row in run.rows if row.timed)
+        raise ValueError(f"--level {name}: {path.name} has no time for it at {run.shape['T']} tokens, only for {known}")
+    return min(timed, key=lambda row: row.wall_ms.p50)
+
+
+# ---- what follows --------------------------------------------------------------------------------
+
+def flops_a_token(model: Model, cfg: MoEConfig, sequence: int) -> dict[str, float]:
+    """Forward FLOPs a token: the routed experts, and all else (2 an active parameter, and causal attention)."""
+    experts = 6.0 * cfg.K * cfg.D * cfg.F * model.moe_layers
+    attention = 4.0 * model.attention_width * sequence / 2 * model.layers
+    other = 2e9 * model.active_billions - experts + attention
+    return {"experts": experts, "other": other}
+
+
+def scaled_layer_ms(measured: dict, hardware: Hardware, measured_on: Hardware | None) -> float:
+    """The layer's time on other hardware: longer by the worse of peak and bandwidth, as if both were its limit."""
+    if measured_on is None:
+        return measured["ms"]
+    return measured["ms"] * max(measured_on.tflops / hardware.tflops, measured_on.tbps / hardware.tbps)
+
+
+def estimate(args: argparse.Namespace, measured: dict) -> dict:
+    """Tokens a second, a day, days and dollars for a trillion tokens, for 1 to 1024 GPUs and for those asked."""
+    model, cfg, hardware = MODELS[args.config], preset(args.config), HARDWARE[args.hardware]
+    name = str((measured["environment"] or {}).get("gpu", "")).lower()
+    measured_on = next((one for key, one in HARDWARE.items() if key in name), None)
+    layer_ms = scaled_layer_ms(measured, hardware, measured_on)
+    passes = 1 + (args.backward if args.mode == "training" else 0)
+    flops_passes = 3 if args.mode == "training" else 1
+    flops = flops_a_token(model, cfg, args.sequence)
+    moe_s = model.moe_layers * layer_ms / 1e3 / measured["tokens"]
+    other_s = flops["other"] / (hardware.tflops * 1e12 * args.other_efficiency)
+    one_gpu = 1 / ((moe_s + other_s) * passes)
+    needed = flops_passes * (flops["experts"] + flops["other"])
+    price = args.price if args.price is not None else hardware.dollars_an_hour
+
+    def at(gpus: int) -> dict[str, float]:
+        rate = one_gpu * gpus * args.doubling_efficiency ** math.log2(gpus)
+        days = 1e12 / rate / SECONDS_A_DAY
+        return {"gpus": gpus, "tokens_per_s": rate, "tokens_per_day": rate * SECONDS_A_DAY,
+                "days_per_trillion": days, "dollars_per_trillion": days * 24 * gpus * price,
+                "share_of_peak": rate * needed / (gpus * hardware.tflops * 1e12),
+                "ideal_per_day": one_gpu * gpus * SECONDS_A_DAY,
+                "peak_per_day": gpus * hardware.tflops * 1e12 / needed * SECONDS_A_DAY}
+
+    weights_gb = 2 * model.total_billions
+    return {"case": at(args.num_gpus), "curve": [at(2**i) for i in range(11)], "layer_ms": layer_ms,
+            "moe_share": moe_s / (moe_s + other_s), "flops_a_token": needed, "price": price,
+            "layer_share_of_peak": 6 * measured["tokens"] * cfg.K * cfg.D * cfg.F / (layer_ms / 1e3)
+            / (hardware.tflops * 1e12),
+            "weights_gb": weights_gb, "memory_gb": hardware.gigabytes * args.num_gpus}
+
+
+def refuse_above_peak(share: float, what: str, gpus: int, hardware: str) -> None:
+    """Raise Refused, saying by how much, if `what` needs more than the GPUs' peak."""
+    if share > 1:
+        peak = HARDWARE[hardware].tflops * gpus
+        raise Refused(f"refused: {what} needs {share * peak / 1e3:,.1f} PFLOP/s, {number(share)} times the "
+                      f"{peak / 1e3:,.1f} PFLOP/s that {gpus} {hardware} have at their peak")
+
+
+def measure(options: Options) -> dict:
+    """The estimate, or a refusal."""
+    args = options.args
+    check_arguments(args)
+    measured = layer_time(args)
+    found = estimate(args, measured)
+    layer = f"a MoE layer of {args.config} in {number(found['layer_ms'])} ms for {measured['tokens']:,} tokens"
+    refuse_above_peak(found["layer_share_of_peak"], layer, 1, args.hardware)
+    refuse_above_peak(found["case"]["share_of_peak"], f"{found['case']['tokens_per_day']:.3g} tokens a day",
+                      args.num_gpus, args.hardware)
+    if args.claim is not None:
+        share = args.claim / found["case"]["peak_per_day"]
+        refuse_above_peak(share, f"the claim of {args.claim:.3g} tokens a day ({args.mode}, {args.config})",
+                          args.num_gpus, args.hardware)
+        found["claim"] = {"tokens_per_day": args.claim, "share_of_peak": share}
+    hardware, model = HARDWARE[args.hardware], MODELS[args.config]
+    assumptions = [
+        ["--times, --level", f"{measured['source']}, level {measured['level']}: {number(measured['ms'])} ms for "
+                             f"{measured['tokens']:,} tokens"],
+        ["--hardware", f"{args.hardware}: {hardware.tflops:g} TFLOP/s dense bf16, {hardware.tbps:g} TB/s, "
+                       f"{hardware.gigabytes} GB (datasheet); the layer takes {number(found['layer_ms'])} ms on it"],
+        ["--config", f"{args.config}: {model.layers} layers, {model.moe_layers} with experts, "
+                     f"{model.active_billions:g}B of {model.total_billions:g}B parameters active ({model.source})"],
+        ["--mode", args.mode],
+        ["--backward", f"{args.backward:g} times the forward" if args.mode == "training" else "not run"],
+        ["--other-efficiency", f"{percent(args.other_efficiency)} of the peak for attention and all else"],
+        ["--sequence", f"{args.sequence:,} tokens attend to each other"],
+        ["--doubling-efficiency", f"{percent(args.doubling_efficiency)} of a GPU's speed kept at each doubling"],
+        ["--price", f"${found['price']:.2f} a GPU hour"],
+    ]
+    stamp = measured["environment"]
+    return {"config": args.config, "hardware": args.hardware, "num_gpus": args.num_gpus, "mode": args.mode,
+            "measured": {key: measured[key] for key in ("ms", "tokens", "source", "level")},
+            "assumptions": assumptions, **found} | ({"environment": stamp} if stamp else {})
+
+
+# ---- showing -------------------------------------------------------------------------------------
+
+def label(figures: dict) -> str:
+    """Tells one case from another."""
+    return f"{figures['config']}_{figures['num_gpus']}x{figures['hardware']}_{figures['mode']}"
+
+
+def table(figures: dict) -> list[Table | str]:
+    """Every assumption, then what follows for the case and the curve."""
+    parts: list[Table | str] = [plain_table("Assumptions", ["set by", "value"], figures["assumptions"])]
+    points = [figures["case"], *(one for one in figures["curve"] if one["gpus"] != figures["case"]["gpus"])]
+    parts.append(plain_table(
+        f"{figures['config']}, {figures['mode']}", ["GPUs", "tokens/s", "tokens/day", "days per trillion",
+                                                     "cost per trillion", "of peak"],
+        [[f"{one['gpus']:,}", f"{one['tokens_per_s']:,.0f}", f"{one['tokens_per_day'] / 1e9:,.2f} B",
+          f"{one['days_per_trillion']:,.1f}", f"${one['dollars_per_trillion']:,.0f}", percent(one["share_of_peak"])]
+         for one in points]))
+    if figures["weights_gb"] > figures["memory_gb"]:
+        parts.append(f"note: the weights alone are {figures['weights_gb']:,.0f} GB in bf16 and {figures['num_gpus']} "
+                     f"{figures['hardware']} hold {figures['memory_gb']:,} GB. This is the rate of so many GPUs of a "
+                     f"larger job.")
+    return parts
+
+
+def draw(figures: dict, under: str) -> dict[str, Figure]:
+    """Tokens a day against GPUs: with the losses of scaling, without, and at the peak."""
+    fig, (ax,) = figure(f"{figures['config']}, {figures['mode']} on {figures['hardware']}: tokens a day against GPUs",
+                        f"layer time from {figures['measured']['source']} (level {figures['measured']['level']}), all "
+                        f"else assumed  |  {under}")
+    gpus = [one["gpus"] for one in figures["curve"]]
+    for key, color, style, name in (("tokens_per_day", COLORS[0], "o-", "estimate"),
+                                    ("ideal_per_day", COLORS[2], "--", "without losses of scaling"),
+                                    ("peak_per_day", COLORS[1], ":", "refused above: the GPUs' peak")):
+        ax.plot(gpus, [one[key] / 1e9 for one in figures["curve"]], style, color=color, lw=4, ms=10, label=name,
+                gid=key)
+    case = figures["case"]
+    ax.annotate(f"{case['gpus']} GPUs: {number(case['tokens_per_day'] / 1e9)} B tokens a day\n"
+                f"{number(case['days_per_trillion'])} days and ${number(case['dollars_per_trillion'] / 1e6)} M "
+                f"a trillion tokens",
+                (case["gpus"], case["tokens_per_day"] / 1e9), xytext=(40, -90), textcoords="offset points",
+                arrowprops={"arrowstyle": "->", "lw": 2})
+    ax.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="billion tokens a day")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(gpus, [str(count) for count in gpus])
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return {"": fig}
+
+
+def conclude(figures: dict) -> str:
+    """The case in one sentence, with what it rests on."""
+    case = figures["case"]
+    claim = figures.get("claim")
+    words = (f" The claim of {claim['tokens_per_day']:.3g} a day would need {percent(claim['share_of_peak'])} of the "
+             f"peak, which is not impossible." if claim else "")
+    return (f"{case['gpus']} {figures['hardware']} make {case['tokens_per_day'] / 1e9:,.2f} billion tokens a day of "
+            f"{figures['config']} ({figures['mode']}), {number(case['days_per_trillion'])} days and "
+            f"${case['dollars_per_trillion']:,.0f} a trillion, at {percent(case['share_of_peak'])} of their peak; "
+            f"{percent(figures['moe_share'])} of the time is the MoE layers', which is measured, the rest is "
+            f"assumed.{words}")
+
+
+STUDY = Study("throughput", "How many tokens a day does a cluster make of a model, at what cost?", measure, table, draw,
+              conclude, label=label, arguments=arguments, timed=False)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STUDY))
