@@ -23,11 +23,11 @@ import triton
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import grouped_gemm, plain_gemm, tall_gemm
+from labs.kernels import grouped_gemm, plain_gemm, tall_gemm, tiles
 from tests.cases import Case
 from tests.machine_code import ROOT, Compiled, Request, _compile
 
-ROWS = grouped_gemm.ROWS
+ROWS = tiles.ROWS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -49,10 +49,9 @@ def compiled(requests: list[Request]) -> dict[str, Compiled]:
 # ---- the tile plan, in the interpreter
 
 
-def offsets(counts: list[int], step: int = ROWS) -> torch.Tensor:
-    """(E + 1,) int32: each expert's first row, if all start at multiples of step."""
-    rows = torch.tensor([0] + [-(-count // step) * step for count in counts], device=DEVICE)
-    return rows.cumsum(0).int()
+def offsets(counts: list[int]) -> torch.Tensor:
+    """(E + 1,) int32: each expert's first row."""
+    return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
 
 
 def slow_plan(offsets_E1: list[int], tile_rows: int, group: int) -> list[list[int]]:
@@ -64,7 +63,7 @@ def slow_plan(offsets_E1: list[int], tile_rows: int, group: int) -> list[list[in
         for i in range(groups):
             size = -(-len(rows) // groups)
             part, first = rows[i * size : (i + 1) * size], len(table)
-            table += [[expert, row, -(-min(tile_rows, end - row) // ROWS), first, len(part)] for row in part]
+            table += [[expert, row, min(tile_rows, end - row), first, len(part)] for row in part]
     return table
 
 
@@ -80,19 +79,18 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize(("tile_rows", "group", "step"), [(128, 32, 64), (192, 16, 64), (64, 1, 64), (128, 3, 1)])
+@pytest.mark.parametrize(("tile_rows", "group"), [(128, 32), (192, 16), (64, 1), (128, 3)])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=[why.replace(" ", "_") for why in COUNTS])
-def test_plan_is_what_the_definition_says(counts, tile_rows, group, step):
-    offsets_E1 = offsets(counts, step)
-    P = grouped_gemm.padded_rows(sum(counts), len(counts))
-    plan = grouped_gemm.plan_tiles(offsets_E1, P, tile_rows, group)
+def test_plan_is_what_the_definition_says(counts, tile_rows, group):
+    offsets_E1 = offsets(counts)
+    plan = tiles.plan_tiles(offsets_E1, sum(counts), tile_rows, group)
     used = int(plan.tile_count)
     assert used <= len(plan.tiles_X5)
     assert plan.tiles_X5[:used].tolist() == slow_plan(offsets_E1.tolist(), tile_rows, group)
 
 
 def test_plan_without_rows_has_an_entry_that_is_safe_to_look_at():
-    plan = grouped_gemm.plan_tiles(offsets([0, 0]), 0)
+    plan = tiles.plan_tiles(offsets([0, 0]), 0)
     assert plan.tiles_X5[0].tolist() == [0, 0, 0, 0, 1], "a group's size divides"
 
 
@@ -100,7 +98,7 @@ def test_plan_without_rows_has_an_entry_that_is_safe_to_look_at():
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=[why.replace(" ", "_") for why in COUNTS])
 def test_every_output_tile_is_found_once(counts, column_tiles):
     """What find_tile does, in Python: Gluon has no interpreter."""
-    plan = grouped_gemm.plan_tiles(offsets(counts), grouped_gemm.padded_rows(sum(counts), len(counts)), 128, 4)
+    plan = tiles.plan_tiles(offsets(counts), sum(counts), 128, 4)
     table = plan.tiles_X5[: int(plan.tile_count)].tolist()
     found = []
     for tile in range(len(table) * column_tiles):
@@ -110,35 +108,21 @@ def test_every_output_tile_is_found_once(counts, column_tiles):
     assert sorted(found) == [(row, column) for row in range(len(table)) for column in range(column_tiles)]
 
 
-def test_padded_rows_is_enough_and_reached():
-    for E in (1, 2, 7):
-        for R in (0, 1, 3, 64, 65, 1000):
-            most = 0
-            for _ in range(50):
-                cuts = sorted(RANDOM.randrange(R + 1) for _ in range(E - 1))
-                counts = [b - a for a, b in zip([0, *cuts], [*cuts, R], strict=True)]
-                most = max(most, int(offsets(counts)[-1]))
-            worst = [1] * min(E, R) + [0] * max(0, E - R)
-            worst[0] += R - sum(worst)
-            most = max(most, int(offsets(worst)[-1]))
-            assert most == grouped_gemm.padded_rows(R, E)
-
-
 def test_spread_rows_writes_every_slot_and_nothing_else():
     T, K, D, P = 5, 3, 1032, 40
     x_TD = torch.randn(T, D, device=DEVICE)
     row_of_slot_TK = torch.randperm(P, device=DEVICE)[: T * K].view(T, K).int()
-    rows_PD = torch.full((P, D), torch.nan, device=DEVICE)
-    grouped_gemm.spread_rows(x_TD, row_of_slot_TK, rows_PD)
-    expected_PD = torch.full_like(rows_PD, torch.nan)
-    expected_PD[row_of_slot_TK.long()] = x_TD[:, None]
-    torch.testing.assert_close(rows_PD, expected_PD, rtol=0, atol=0, equal_nan=True)
-    grouped_gemm.spread_rows(x_TD[:0], row_of_slot_TK[:0], rows_PD)
+    rows_RD = torch.full((P, D), torch.nan, device=DEVICE)
+    tiles.spread_rows(x_TD, row_of_slot_TK, rows_RD)
+    expected_RD = torch.full_like(rows_RD, torch.nan)
+    expected_RD[row_of_slot_TK.long()] = x_TD[:, None]
+    torch.testing.assert_close(rows_RD, expected_RD, rtol=0, atol=0, equal_nan=True)
+    tiles.spread_rows(x_TD[:0], row_of_slot_TK[:0], rows_RD)
 
 
 def test_gate_and_up_alternate_in_blocks_of_8():
     gate, up = torch.randn(2, 24, 4), torch.randn(2, 24, 4)
-    mixed = grouped_gemm.interleave_gate_up(torch.cat([gate, up], 1))
+    mixed = tiles.interleave_gate_up(torch.cat([gate, up], 1))
     for block in range(3):
         rows = slice(8 * block, 8 * block + 8)
         assert torch.equal(mixed[:, 16 * block : 16 * block + 8], gate[:, rows])
@@ -149,7 +133,7 @@ def test_gate_and_up_alternate_in_blocks_of_8():
 
 
 def operands(D: int = 256, F: int = 256, dtype: torch.dtype = torch.bfloat16, tile_rows: int = 128) -> dict:
-    plan = grouped_gemm.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows)
+    plan = tiles.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows)
     return {"rows": torch.empty(128, D, dtype=dtype), "gate_up": torch.empty(2, 2 * F, D, dtype=dtype),
             "down": torch.empty(2, D, F, dtype=dtype), "hidden": torch.empty(128, F, dtype=dtype), "plan": plan}
 
@@ -172,18 +156,18 @@ def test_wrong_shapes_are_refused():
     tokens = torch.empty(128, dtype=torch.int64)
     with pytest.raises(ValueError, match="gate_up_E2FD"):
         grouped_gemm.up_rows(given["rows"], torch.empty(2, 513, 256).bfloat16(), given["plan"], given["hidden"], 1)
-    with pytest.raises(ValueError, match="token_of_row_P"):
+    with pytest.raises(ValueError, match="token_of_row_R"):
         grouped_gemm.up_gather(given["rows"], tokens, given["gate_up"], given["plan"], given["hidden"], 1)
-    with pytest.raises(ValueError, match="hidden_PF"):
+    with pytest.raises(ValueError, match="hidden_RF"):
         grouped_gemm.up_rows(given["rows"], given["gate_up"], given["plan"], given["hidden"][:64], 1)
     with pytest.raises(ValueError, match="contiguous"):
         grouped_gemm.up_rows(given["rows"][:, ::2], given["gate_up"][..., ::2], given["plan"], given["hidden"], 1)
     with pytest.raises(ValueError, match="multiple of 8"):
-        grouped_gemm.interleave_gate_up(torch.empty(1, 24, 8))
+        tiles.interleave_gate_up(torch.empty(1, 24, 8))
     with pytest.raises(ValueError, match="tile_rows"):
-        grouped_gemm.plan_tiles(offsets([64]), 64, 100)
+        tiles.plan_tiles(offsets([64]), 64, 100)
     with pytest.raises(ValueError, match="offsets_E1"):
-        grouped_gemm.plan_tiles(offsets([64]).long(), 64)
+        tiles.plan_tiles(offsets([64]).long(), 64)
 
 
 def test_tall_kernels_refuse_a_short_inner_dimension():
@@ -207,22 +191,24 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
         def __getitem__(self, grid):
             return lambda *arguments, **options: given.update(zip(self.names, arguments, strict=True))
 
-    for kernel in (f"{prefix}up_gather_kernel", f"{prefix}up_rows_kernel", f"{prefix}down_kernel"):
+    kernels = [name for name in KERNELS if name.startswith("tall") == (prefix == "tall_")]
+    for kernel in kernels:
         monkeypatch.setattr(module, kernel, Recorder(getattr(module, kernel).arg_names))
     tensors = operands(D=320, F=256, tile_rows=tile_rows)
     rows, gate_up, down, hidden, plan = (tensors[name] for name in ("rows", "gate_up", "down", "hidden", "plan"))
     tokens, y = torch.zeros(128, dtype=torch.int32), torch.empty_like(rows)
 
-    getattr(module, f"{prefix}up_gather")(rows, tokens, gate_up, plan, hidden, 1)
-    assert given["x_ptr"] is rows
-    assert given["token_of_row_ptr"] is tokens
+    if "up_gather_kernel" in kernels:
+        grouped_gemm.up_gather(rows, tokens, gate_up, plan, hidden, 1)
+        assert given["x_ptr"] is rows
+        assert given["token_of_row_ptr"] is tokens
+    getattr(module, f"{prefix}up_rows")(rows, gate_up, plan, hidden, 1)
     assert given["gate_up_desc"].base.data_ptr() == gate_up.data_ptr()
     assert (*given["gate_up_desc"].shape, *given["gate_up_desc"].block_shape) == (2 * 512, 320, 256, 64)
     assert given["hidden_ptr"] is hidden
     assert given["tiles_ptr"] is plan.tiles_X5
     assert given["tile_count_ptr"] is plan.tile_count
     assert (given["D8"], given["F8"]) == (40, 32)
-    getattr(module, f"{prefix}up_rows")(rows, gate_up, plan, hidden, 1)
     assert given["rows_desc"].base is rows
     assert given["rows_desc"].block_shape == [64, 64]
     getattr(module, f"{prefix}down")(hidden, down, plan, y, 1)
@@ -245,21 +231,16 @@ UP = {"rows_desc": describe(64), "gate_up_desc": describe(256), "hidden_ptr": "*
 DOWN = {"hidden_desc": describe(64), "down_desc": describe(256), "y_ptr": "*bf16", **TABLE}
 KERNELS = {
     "up_gather_kernel": ("grouped_gemm", GATHER), "up_rows_kernel": ("grouped_gemm", UP),
-    "down_kernel": ("grouped_gemm", DOWN), "tall_up_gather_kernel": ("tall_gemm", GATHER),
-    "tall_up_rows_kernel": ("tall_gemm", UP), "tall_down_kernel": ("tall_gemm", DOWN),
+    "down_kernel": ("grouped_gemm", DOWN), "tall_up_rows_kernel": ("tall_gemm", UP),
+    "tall_down_kernel": ("tall_gemm", DOWN),
 }
 
 
-# Triton 3.6 spills one value outside the main loop of one kernel, if D and F divide by 128. Triton 3.7 does not.
-SPILLS_8_BYTES = ("tall_up_gather_kernel", True) if triton.__version__.startswith("3.6") else None
-
-
-def request(kernel: str, sizes_divide_by_128: bool) -> Request:
-    """A Gluon kernel; D8 and F8 are known to divide by 16, or are not."""
+def request(kernel: str) -> Request:
+    """A Gluon kernel with its pointers aligned; D8 and F8 are not specialised."""
     file, signature = KERNELS[kernel]
-    aligned = tuple(name for name, kind in signature.items()
-                    if kind.startswith("*") or (sizes_divide_by_128 and name in ("D8", "F8")))
-    return Request(f"{kernel} {sizes_divide_by_128}", f"labs.kernels.{file}", kernel, signature, {}, aligned, 4, 3)
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return Request(kernel, f"labs.kernels.{file}", kernel, signature, {}, aligned, 4, 3)
 
 
 def compile_one(one: Request) -> Compiled:
@@ -279,13 +260,12 @@ def compile_one(one: Request) -> Compiled:
 
 @pytest.fixture(scope="module")
 def code() -> dict[str, Compiled]:
-    return compiled([request(kernel, divisible) for kernel in KERNELS for divisible in (True, False)])
+    return compiled([request(kernel) for kernel in KERNELS])
 
 
-@pytest.mark.parametrize("divisible", [True, False], ids=["sizes_divide_by_128", "sizes_divide_by_8"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_machine_code_is_as_planned(code, kernel, divisible):
-    found = code[f"{kernel} {divisible}"]
+def test_machine_code_is_as_planned(code, kernel):
+    found = code[kernel]
     warpgroups = 3 if kernel.startswith("tall") else 2
     assert found.count("HGMMA") == warpgroups * 2 * 4, "a warpgroup's first step and its loop, 4 wgmma of depth 16 each"
     assert found.count("WARPGROUP") == warpgroups * 5, "more waits would mean wgmmas one after the other"
@@ -294,9 +274,8 @@ def test_machine_code_is_as_planned(code, kernel, divisible):
     assert copies > 0 if "gather" in kernel else copies == 0, "gathered rows by 16-byte cp.async, others by TMA"
     assert found.count(r"STG\.E\.128") > 0, "16-byte stores"
     assert found.count(r"STG") == found.count(r"STG\.E\.128")
-    spilled = 8 if (kernel, divisible) == SPILLS_8_BYTES else 0
-    assert found.stack_bytes == spilled
-    assert found.count(r"LDL|STL") == spilled // 4, "one store and one load of 8 bytes, or none"
+    assert found.stack_bytes == 0
+    assert found.count(r"LDL|STL") == 0, "no spills"
     assert found.count(r"REDG?\.|ATOMG?\.") == 0, "no atomics: bitwise repeatable"
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     stage = (warpgroups * 64 + 256) * 64 * 2
@@ -344,17 +323,17 @@ def test_plain_machine_code_is_as_planned(plain_code, kernel, sm):
     assert found.shared_bytes <= SHARED_MEMORY[sm]
 
 
-def check_plain(case: Case, dtype: torch.dtype, tile: plain_gemm.PlainTile, padded: bool) -> None:
-    """plain_up and plain_down against the oracle; rows of no expert, and those past the end, stay as they were."""
+def check_plain(case: Case, dtype: torch.dtype, tile: plain_gemm.PlainTile) -> None:
+    """plain_up and plain_down against the oracle; rows past the last expert's stay as they were."""
     cfg, workload = case.config, Workload(case.config, case.T, dtype, case.routing)
     weights = make_weights(cfg, dtype, DEVICE)
     x_TD = make_inputs(workload, weights)
     scores_TK, expert_ids_TK, _ = route_float64(cfg, weights.router_ED, x_TD)
-    offsets_E1, token_of_row_R, row_of_slot_TK = dispatch(expert_ids_TK, cfg.E, padded)
-    plan = grouped_gemm.plan_tiles(offsets_E1, token_of_row_R.numel(), tile.block_M, group=2)
+    offsets_E1, token_of_row_R, row_of_slot_TK = dispatch(expert_ids_TK, cfg.E)
+    plan = tiles.plan_tiles(offsets_E1, token_of_row_R.numel(), tile.block_M, group=2)
     hidden_RF = torch.full((token_of_row_R.numel(), cfg.F), torch.nan, dtype=dtype, device=DEVICE)
     y_RD = torch.full((token_of_row_R.numel(), cfg.D), torch.nan, dtype=dtype, device=DEVICE)
-    gate_up = grouped_gemm.interleave_gate_up(weights.gate_up_E2FD)
+    gate_up = tiles.interleave_gate_up(weights.gate_up_E2FD)
     programs = torch.cuda.get_device_properties(0).multi_processor_count if DEVICE == "cuda" else 3
     plain_gemm.plain_up(x_TD, token_of_row_R, offsets_E1, gate_up, plan, hidden_RF, programs, tile)
     plain_gemm.plain_down(hidden_RF, offsets_E1, weights.down_EDF, plan, y_RD, programs, tile)
@@ -376,19 +355,18 @@ SMALL_TILE = plain_gemm.PlainTile(64, 64, 32, warps=4, stages=2, tma=False)
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
-@pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
-def test_plain_answers(case, dtype, padded, tma):
+def test_plain_answers(case, dtype, tma):
     if DEVICE == "cuda":
         pytest.skip("the interpreter's; the compiled kernels' answers are checked below")
-    check_plain(case, dtype, SMALL_TILE._replace(tma=tma), padded)
+    check_plain(case, dtype, SMALL_TILE._replace(tma=tma))
 
 
 def test_plain_kernels_refuse_unknown_targets_and_empty_calls_return():
     with pytest.raises(ValueError, match="sm_100"):
         plain_gemm.tile_for(100)
-    plan = grouped_gemm.plan_tiles(offsets([0, 0]), 0, 64)
+    plan = tiles.plan_tiles(offsets([0, 0]), 0, 64)
     empty, weights = torch.empty(0, 16, device=DEVICE), torch.empty(2, 16, 16, device=DEVICE)
     plain_gemm.plain_down(empty, offsets([0, 0]), weights, plan, empty, 1, SMALL_TILE)
 
@@ -409,29 +387,28 @@ CASES = (
 )
 
 
-def dispatch(expert_ids_TK: torch.Tensor, E: int, padded: bool = True) -> tuple[torch.Tensor, ...]:
-    """offsets_E1, token_of_row_P and row_of_slot_TK by sorting: slow, obvious, with a host sync."""
+SPARE_ROWS = 70  # beyond the routed rows, as a routing that rounds down leaves them
+
+
+def dispatch(expert_ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, ...]:
+    """offsets_E1, token_of_row and row_of_slot_TK by sorting: slow, obvious, with a host sync."""
     (T, K), device = expert_ids_TK.shape, expert_ids_TK.device
     ids_R, slot_of_row_R = expert_ids_TK.flatten().sort(stable=True)
-    counts_E = torch.bincount(ids_R, minlength=E)
-    offsets_E1 = offsets(counts_E.tolist(), ROWS if padded else 1)
-    rank_R = torch.arange(T * K, device=device) - (counts_E.cumsum(0) - counts_E)[ids_R]
-    row_R = offsets_E1[ids_R] + rank_R
-    P = grouped_gemm.padded_rows(T * K, E) if padded else T * K
-    token_of_row_P = torch.full((P,), -1, dtype=torch.int32, device=device)
-    token_of_row_P[row_R] = (slot_of_row_R // K).int()
+    offsets_E1 = offsets(torch.bincount(ids_R, minlength=E).tolist())
+    tokens = torch.full((T * K + SPARE_ROWS,), 2**31 - 1, dtype=torch.int32, device=device)  # past x's end
+    tokens[: T * K] = slot_of_row_R // K
     row_of_slot_TK = torch.empty(T * K, dtype=torch.int32, device=device)
-    row_of_slot_TK[slot_of_row_R] = row_R.int()
-    return offsets_E1, token_of_row_P, row_of_slot_TK.view(T, K)
+    row_of_slot_TK[slot_of_row_R] = torch.arange(T * K, dtype=torch.int32, device=device)
+    return offsets_E1, tokens, row_of_slot_TK.view(T, K)
 
 
-def combine(y_PD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
+def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
     """(P, D) -> (T, D): each token's rows times their scores, summed in float32, one slot at a time."""
     T, K = row_of_slot_TK.shape
-    out_TD = torch.zeros(T, y_PD.shape[1], device=y_PD.device)
+    out_TD = torch.zeros(T, y_RD.shape[1], device=y_RD.device)
     for k in range(K):
-        out_TD += scores_TK[:, k, None].float() * y_PD[row_of_slot_TK[:, k]]
-    return out_TD.to(y_PD.dtype)
+        out_TD += scores_TK[:, k, None].float() * y_RD[row_of_slot_TK[:, k]]
+    return out_TD.to(y_RD.dtype)
 
 
 class Buffers:
@@ -454,24 +431,22 @@ def check_answers(case: Case) -> None:
     x_TD = make_inputs(workload, weights)
     expected = oracle(cfg, weights, x_TD)
     scores_TK, expert_ids_TK, _ = route_float64(cfg, weights.router_ED, x_TD)
-    offsets_E1, token_of_row_P, row_of_slot_TK = dispatch(expert_ids_TK, cfg.E)
-    P = token_of_row_P.numel()
-    gate_up = grouped_gemm.interleave_gate_up(weights.gate_up_E2FD)
-    plan = grouped_gemm.plan_tiles(offsets_E1, P)
-    tall_plan = grouped_gemm.plan_tiles(offsets_E1, P, tall_gemm.TILE_ROWS, tall_gemm.GROUP)
+    offsets_E1, token_of_row_R, row_of_slot_TK = dispatch(expert_ids_TK, cfg.E)
+    R = token_of_row_R.numel()
+    gate_up = tiles.interleave_gate_up(weights.gate_up_E2FD)
+    plan = tiles.plan_tiles(offsets_E1, R)
+    tall_plan = tiles.plan_tiles(offsets_E1, R, tall_gemm.TILE_ROWS, tall_gemm.GROUP)
 
-    def with_rows(up, plan, rows_PD, hidden_PF):
-        grouped_gemm.spread_rows(x_TD, row_of_slot_TK, rows_PD)
-        up(rows_PD, gate_up, plan, hidden_PF, programs)
+    def with_rows(up, plan, rows_RD, hidden_RF):
+        tiles.spread_rows(x_TD, row_of_slot_TK, rows_RD)
+        up(rows_RD, gate_up, plan, hidden_RF, programs)
 
     ups = {
-        "up_gather": lambda _, h: grouped_gemm.up_gather(x_TD, token_of_row_P, gate_up, plan, h, programs),
+        "up_gather": lambda _, h: grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan, h, programs),
         "up_rows": lambda rows, h: with_rows(grouped_gemm.up_rows, plan, rows, h),
     }
     downs = {"down": lambda h, y: grouped_gemm.down(h, weights.down_EDF, plan, y, programs)}
     if cfg.D > tall_gemm.PREFETCHED:
-        ups["tall_up_gather"] = lambda _, h: tall_gemm.tall_up_gather(
-            x_TD, token_of_row_P, gate_up, tall_plan, h, programs)
         ups["tall_up_rows"] = lambda rows, h: with_rows(tall_gemm.tall_up_rows, tall_plan, rows, h)
     if cfg.F > tall_gemm.PREFETCHED:
         downs["tall_down"] = lambda h, y: tall_gemm.tall_down(h, weights.down_EDF, tall_plan, y, programs)
@@ -480,11 +455,11 @@ def check_answers(case: Case) -> None:
         for down_name, down in downs.items():
             outs = []
             for _ in range(2):
-                buffers = Buffers((P, cfg.D), (P, cfg.F), (P, cfg.D))
-                rows_PD, hidden_PF, y_PD = buffers.parts
-                up(rows_PD, hidden_PF)
-                down(hidden_PF, y_PD)
-                outs.append(combine(y_PD, row_of_slot_TK, scores_TK))
+                buffers = Buffers((R, cfg.D), (R, cfg.F), (R, cfg.D))
+                rows_RD, hidden_RF, y_RD = buffers.parts
+                up(rows_RD, hidden_RF)
+                down(hidden_RF, y_RD)
+                outs.append(combine(y_RD, row_of_slot_TK, scores_TK))
                 buffers.check_tails()
             result = gate(outs[0], expected, workload)
             assert result.ok, f"{up_name}, {down_name}: {result.reason}"
@@ -496,12 +471,13 @@ def check_no_rows() -> None:
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     weights = make_weights(MoEConfig("case", 256, 256, 4, 2), torch.bfloat16, "cuda")
     offsets_E1 = torch.zeros(5, dtype=torch.int32, device="cuda")
-    token_of_row_P = torch.full((128,), -1, dtype=torch.int32, device="cuda")
+    token_of_row_R = torch.full((128,), -1, dtype=torch.int32, device="cuda")
     buffers = Buffers((128, 256), (128, 256))
     rows, out = buffers.parts
     for module, prefix, tile_rows in ((grouped_gemm, "", 128), (tall_gemm, "tall_", 192)):
-        plan = grouped_gemm.plan_tiles(offsets_E1, 128, tile_rows)
-        getattr(module, f"{prefix}up_gather")(rows, token_of_row_P, weights.gate_up_E2FD, plan, out, programs)
+        plan = tiles.plan_tiles(offsets_E1, 128, tile_rows)
+        if prefix == "":
+            grouped_gemm.up_gather(rows, token_of_row_R, weights.gate_up_E2FD, plan, out, programs)
         getattr(module, f"{prefix}up_rows")(rows, weights.gate_up_E2FD, plan, out, programs)
         getattr(module, f"{prefix}down")(rows, weights.down_EDF, plan, out, programs)
     torch.cuda.synchronize()
@@ -547,5 +523,4 @@ if __name__ == "__main__":
             check_answers(chosen)
         else:
             for tile in {plain_gemm.tile_for(int(sys.argv[3])), plain_gemm.CONSUMER}:
-                for padded in (False, True):
-                    check_plain(chosen, torch.bfloat16, tile, padded)
+                check_plain(chosen, torch.bfloat16, tile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import torch
 from common.config import MoEConfig, Workload, preset
 from common.measure import Gate, gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import combine, decode, routing
+from labs.kernels import combine, decode, launch, routing
 from labs.kernels.decode import Tiles, Tiling
 from labs.kernels.routing import RouteTiling
+from labs.kernels.tiles import interleave_gate_up
 from tests.cases import CASES, Case
 from tests.machine_code import Compiled, Request, compile_all
 
@@ -202,13 +204,14 @@ def test_the_work_list_is_as_long_as_the_worst_case_needs():
 def layer(kernels: SimpleNamespace, cfg: MoEConfig, weights, tiles: Tiles | None = None):
     """A forward made of the four calls."""
     arrivals_A = kernels.routing.new_arrivals(weights.device)
+    gate_up_E2FD = interleave_gate_up(weights.gate_up_E2FD)
 
     def forward(x_TD: torch.Tensor) -> torch.Tensor:
         sms = kernels.routing.sm_count(weights.device)
         chosen = tiles or kernels.decode.tiles_for(x_TD.shape[0] * cfg.K, cfg.D, cfg.F, cfg.E, sms)
         routed = kernels.routing.route(x_TD, weights.router_ED, cfg.K, arrivals_A, chosen.row_tile,
                                        kernels.routing.scores_sum_to_one(cfg))
-        hidden_RF = kernels.decode.up_swiglu(x_TD, weights.gate_up_E2FD, routed.token_of_row_R, routed.work_W4, chosen)
+        hidden_RF = kernels.decode.up_swiglu(x_TD, gate_up_E2FD, routed.token_of_row_R, routed.work_W4, chosen)
         y_RD = kernels.decode.down(hidden_RF, weights.down_EDF, routed.work_W4, chosen)
         return kernels.combine.combine(y_RD, routed.row_of_slot_TK, routed.scores_TK)
 
@@ -345,7 +348,7 @@ FAULTS = (
     Fault("always renormalized", "routing", "return cfg.renormalize or", "return True or"),
     Fault("softmax over all for the chosen", "routing", 'or cfg.scoring == "topk_softmax"', ""),
     Fault("swapped gate and up", "decode", "gate, up = acc", "up, gate = acc"),
-    Fault("every strip is the first", "decode", "strip * BLOCK_F, start]", "0, start]"),
+    Fault("every strip is the first", "decode", "strip * BLOCK_F) * 2, start]", "0) * 2, start]"),
     Fault("every row tile is the first", "decode", "within % row_tiles * ROW_TILE", "0"),
     Fault("rows of another token", "decode", "x_ptr + token.to(tl.int64)", "x_ptr + (token * 0).to(tl.int64)"),
     Fault("last row not stored", "decode", "acc, rows, rows < end_row,", "acc, rows, rows < end_row - 1,"),
@@ -411,6 +414,7 @@ def test_a_planted_fault_is_caught(fault, tmp_path, device):
 
 HOPPER_SHARED = 227 * 1024
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+OTHER_SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}  # that a program may use, in bytes
 ALIGNED = ("D", "F", "split_D")  # the whole numbers that Triton specializes; of the others it is told not to
 SEED, MIXTRAL, QWEN = preset("seed"), preset("mixtral-8x7b"), preset("qwen3-30b-a3b")
 # A shape for every tiling that tiles_for can give.
@@ -431,7 +435,7 @@ class Launches:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.requests: dict[str, Request] = {}
-        monkeypatch.setitem(routing.DTYPES, "meta", (torch.bfloat16,))  # real shapes without their memory
+        monkeypatch.setitem(launch.DTYPES, "meta", (torch.bfloat16,))  # real shapes without their memory
         for module in (routing, decode, combine):
             monkeypatch.setattr(module, "early_launch", lambda device: True)
             for name, kernel in vars(module).copy().items():
@@ -518,6 +522,22 @@ def test_machine_code_of_routing(path, launches):
                       routing.scores_sum_to_one(cfg))
     for name, code in launches.compile().items():
         check_code(name, code, tma=name.startswith("logits"))
+
+
+@pytest.mark.parametrize("sm", OTHER_SHARED)
+def test_machine_code_of_routing_and_combine_elsewhere(sm, launches, monkeypatch):
+    """GPUs without TMA: the same kernels, their descriptors made pointers, in the shared memory that there is."""
+    for module in (routing, combine):
+        monkeypatch.setattr(module, "early_launch", lambda device: False)
+    monkeypatch.setattr(routing, "pipeline_bytes", lambda device: OTHER_SHARED[sm] - launch.RESERVED_BYTES)
+    for cfg, T in [shapes[0] for shapes in ROUTE_SHAPES.values()]:
+        routing.route(meta(T, cfg.D), meta(cfg.E, cfg.D), cfg.K, routing.new_arrivals("meta"), 128)
+    combine.combine(meta(512, 2048), meta(64, 8, dtype=torch.int32), meta(64, 8, dtype=torch.float32))
+    launches.requests = {name: dataclasses.replace(one, sm=sm) for name, one in launches.requests.items()}
+    for name, code in launches.compile().items():
+        assert code.shared_bytes <= OTHER_SHARED[sm], name
+        if name.startswith(("logits", "route_and")):
+            assert code.count("HMMA") > 0, name
 
 
 def test_machine_code_of_combine(launches):

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.routing import early_launch, launch_options, require, require_width
+from labs.kernels.launch import early_launch, launch_options, require, require_width
 
-import triton  # after common.level, which routing imports: it picks Triton's interpreter where there is no GPU
+import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 

@@ -29,11 +29,12 @@ from typing import NamedTuple
 
 import torch
 
-from labs.kernels.routing import (
-    SHARED_BYTES, early_launch, launch_options, require, require_dtype, require_width, sm_count, work_entries,
+from labs.kernels.launch import (
+    SHARED_BYTES, early_launch, launch_options, require, require_dtype, require_width, sm_count,
 )
+from labs.kernels.routing import work_entries
 
-import triton  # after common.level, which routing imports: it picks Triton's interpreter where there is no GPU
+import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -71,15 +72,15 @@ def store_columns(
 
 @triton.jit
 def swiglu(acc):
-    """silu(gate) * up of an accumulator (2 * BLOCK_F, rows), gate above up: (BLOCK_F, rows)."""
-    gate, up = acc.reshape(2, acc.shape[0] // 2, acc.shape[1]).permute(1, 2, 0).split()
-    return gate * tl.sigmoid(gate) * up
+    """silu(gate) * up of an accumulator (2 * BLOCK_F, rows), 8 gate rows and 8 up rows in turn: (BLOCK_F, rows)."""
+    gate, up = acc.reshape(acc.shape[0] // 16, 2, 8, acc.shape[1]).permute(0, 2, 3, 1).split()
+    return (gate * tl.sigmoid(gate) * up).reshape(acc.shape[0] // 2, acc.shape[1])
 
 
 @triton.jit(do_not_specialize=["W"])
 def up_swiglu_kernel(
     x_ptr,  # (T, D)
-    gate_up_desc,  # (2E, F, D), box (2, BLOCK_F, BLOCK_D): the same rows of an expert's gate and up
+    gate_up_desc,  # (E * 2F, D), box (2 * BLOCK_F, BLOCK_D): gate and up rows interleaved
     token_of_row_ptr,  # (R,) int32
     work_ptr,  # (W, 4) int32
     hidden_ptr,  # (R, F)
@@ -94,7 +95,8 @@ def up_swiglu_kernel(
     """hidden[rows of a tile, columns of a strip] = silu(gate) * up.
 
     Grid (programs,), any number: a program owns ROWS + TAIL rows of one expert by BLOCK_F columns, tile after tile.
-    Float32 accumulators (2 * BLOCK_F, ROWS) and (2 * BLOCK_F, TAIL), gate rows above up rows.
+    Float32 accumulators (2 * BLOCK_F, ROWS) and (2 * BLOCK_F, TAIL). A box may reach into the next expert's weights:
+    what comes of those is not stored.
     """
     strips = tl.cdiv(F, BLOCK_F)
     if PDL:
@@ -117,7 +119,7 @@ def up_swiglu_kernel(
         for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             d = start + tl.arange(0, BLOCK_D)
             inside = (d < D)[None, :]
-            weights = gate_up_desc.load([expert * 2, strip * BLOCK_F, start]).reshape(2 * BLOCK_F, BLOCK_D)
+            weights = gate_up_desc.load([(expert * F + strip * BLOCK_F) * 2, start])
             x = tl.load(x_ptrs + d[None, :], mask=valid[:, None] & inside, other=0.0)
             acc = tl.dot(weights, x.T, acc, input_precision="ieee")
             if TAIL > 0:
@@ -203,7 +205,7 @@ def tiles_for(R: int, D: int, F: int, E: int, sms: int) -> Tiles:
     mean = R / E
     if mean > 36:
         rows, tail = (64, 16) if mean <= 66 else (128, 0)
-        return Tiles(rows, tail, Tiling(128, 128, 3, 8, True), Tiling(128, 128, 3, 4 if tail else 8, True))
+        return Tiles(rows, tail, Tiling(128, 128, 2, 8, True), Tiling(128, 128, 3, 4 if tail else 8, True))
     rows, tail = (16, 0) if mean <= 8 else (32, 0) if mean <= 20 else (32, 16)
     experts = min(E, R)
     up = Tiling(64, 128, 3, 4, False)
@@ -231,7 +233,7 @@ def up_swiglu(
 ) -> torch.Tensor:
     """Gathered rows of x_TD through their experts' gate and up projections: (T, D) -> hidden_RF (R, F), same dtype.
 
-    gate_up_E2FD (E, 2F, D), an expert's gate rows, then its up rows; token_of_row_R and work_W4 int32 from
+    gate_up_E2FD (E, 2F, D), gate and up rows interleaved (tiles.py); token_of_row_R and work_W4 int32 from
     route(..., row_tile=tiles.row_tile). D and F are multiples of 8. Raises ValueError where arguments do not fit.
     """
     (T, D), (E, two_F, _), R, device = x_TD.shape, gate_up_E2FD.shape, token_of_row_R.numel(), x_TD.device
@@ -246,7 +248,7 @@ def up_swiglu(
     hidden_RF = torch.empty(R, F, dtype=x_TD.dtype, device=device)
     if R > 0:
         tiling = tiles.up
-        gate_up_desc = TensorDescriptor.from_tensor(gate_up_E2FD.view(2 * E, F, D), [2, tiling.strip, tiling.depth])
+        gate_up_desc = TensorDescriptor.from_tensor(gate_up_E2FD.flatten(0, 1), [2 * tiling.strip, tiling.depth])
         up_swiglu_kernel[(programs(tiling, W - 1, F, sm_count(device)),)](
             x_TD, gate_up_desc, token_of_row_R, work_W4, hidden_RF, W, D, F, ROWS=tiles.rows, TAIL=tiles.tail,
             BLOCK_F=tiling.strip, BLOCK_D=tiling.depth, STAGES=tiling.stages, PDL=early_launch(device),

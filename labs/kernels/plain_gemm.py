@@ -9,12 +9,10 @@ the producer: it issues the loads of the K steps ahead, over the end of a tile i
     weights   sm_90: TMA. sm_80, 86, 89, 120: pointers too
     results   from registers, masked: a tile that reaches past its expert's rows stores only its expert's
 
-Experts may start at any row: R rows need no padding. The same kernels take the padded rows of grouped_gemm.py.
-
     index array     shape     from -> to
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
-    token_of_row_R  (R,)      row -> token; -1, for padding, reads token 0
-    tiles_X5        (X, 5)    row tile -> expert, first row, 64-row blocks in use, first tile and size of its group
+    token_of_row_R  (R,)      row -> token
+    tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group (tiles.py)
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from labs.kernels.grouped_gemm import TilePlan, check, check_gemm
+from labs.kernels.tiles import TilePlan, check, check_gemm
 
 # T tokens, D model width, F expert width, E experts, K top-k, R routed rows. A tensor's suffix is its shape: x_TD is
 # (T, D). In kernels M, N and K are the GEMM tile's axes.
@@ -108,7 +106,7 @@ def plain_up_kernel(
         expert, first_row, row_end, column = find_tile(offsets_ptr, tiles_ptr, tile, column_tiles)
         row = first_row + tl.arange(0, BLOCK_M)
         # Past the expert's end, load its last row again: cheaper than a mask, and never stored.
-        token = tl.maximum(tl.load(token_of_row_ptr + tl.minimum(row, row_end - 1)), 0)
+        token = tl.load(token_of_row_ptr + tl.minimum(row, row_end - 1))
         acc = multiply(x_ptr, token, weights, expert * 2 * F + column * BLOCK_N, E * 2 * F - 1, D, load_weights,
                        BLOCK_M, BLOCK_N, BLOCK_K)
         gate, up = acc.reshape(BLOCK_M, BLOCK_N // 16, 2, 8).permute(0, 1, 3, 2).split()

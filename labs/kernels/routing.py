@@ -28,15 +28,17 @@ How    No sort. A token never picks one expert twice, so the rank of a slot (tok
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 
-from common.config import MoEConfig, dtype_name
+from common.config import MoEConfig
 
-import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
-import triton
+from labs.kernels.launch import (
+    early_launch, launch_options, pipeline_bytes, require, require_dtype, require_width, sm_count,
+)
+
+import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -472,56 +474,6 @@ def place_kernel(
     store_work(work_ptr, W, e, first_row, total, group, num_groups, ROW_TILE)
 
 
-# ---- what the three files of small kernels share ------------------------------------------------------
-
-# The kernels' tiles are made for 2-byte values; the interpreter multiplies bfloat16 wrongly.
-DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16, torch.float32)}
-SHARED_BYTES = 200 * 1024  # of an SM's 227 KB, for pipelines; the rest is for reductions
-
-
-def require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError, saying what `name` is and what it needs to be, unless it fits and is contiguous."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but needs {shape}")
-    if tensor.dtype != dtype or tensor.device != device:
-        raise ValueError(f"{name} is {dtype_name(tensor.dtype)} on {tensor.device}, but needs {dtype_name(dtype)} "
-                         f"on {device}")
-    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-        raise ValueError(f"{name} has strides {tensor.stride()} and starts at byte {tensor.data_ptr() % 16} of 16, "
-                         f"but needs to be contiguous and aligned: pass {name}.clone()")
-
-
-def require_width(letter: str, width: int) -> None:
-    """Raise ValueError unless the width is a multiple of 8: TMA wants rows of whole 16 bytes."""
-    if width % 8:
-        raise ValueError(f"{letter}={width}, but the kernels need a multiple of 8: pad the weights with zeros")
-
-
-def require_dtype(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError unless the kernels multiply the tensor's dtype on its device."""
-    allowed = DTYPES[tensor.device.type]
-    if tensor.dtype not in allowed:
-        raise ValueError(f"{name} is {dtype_name(tensor.dtype)} on {tensor.device}, but needs "
-                         f"{' or '.join(map(dtype_name, allowed))} there")
-
-
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    """Multiprocessors of a GPU; the H200's 132 for the interpreter, so that it runs what was measured."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@functools.cache
-def early_launch(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it still runs (programmatic dependent launch, sm_90 on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def launch_options(device: torch.device) -> dict[str, bool]:
-    """Options of a launch that may start early: its kernel calls gdc_wait before it reads another's results."""
-    return {"launch_pdl": True} if early_launch(device) else {}
-
-
 # ---- routing --------------------------------------------------------------------------------------------
 
 ONE_LAUNCH_TOKENS = 256
@@ -625,8 +577,10 @@ def route(
 
     tiling = tiling or route_tiling_for(T, E, sm_count(device))
     block_T, block_E = tiling.block_T, expert_block(E)
-    # The one launch has three stages of the router's rows in shared memory.
-    block_D = 64 if tiling.launches > 1 else min(128, 2**16 // (block_E * x_TD.element_size()))
+    shared_bytes, itemsize = pipeline_bytes(device), x_TD.element_size()
+    block_D = 64
+    if tiling.launches == 1:  # three stages of tokens and experts in shared memory
+        block_D = 1 << min(7, (shared_bytes // (3 * (16 + block_E) * itemsize)).bit_length() - 1)
     num_blocks = triton.cdiv(T, block_T)
     split_D = triton.cdiv(triton.cdiv(D, tiling.splits), block_D) * block_D
     splits = triton.cdiv(D, split_D)
@@ -650,8 +604,8 @@ def route(
     shared = arrivals_A, counts_BE, group_counts_GE, *choice
     logits_T, logits_E = tiling.logits_T or block_T, min(256, block_E)
     # As many stages as fit: of one program an SM, or of two where each also chooses.
-    pipeline_bytes = SHARED_BYTES if tiling.launches == 3 else SHARED_BYTES // 2
-    stages = min(8, pipeline_bytes // ((logits_T + logits_E) * block_D * x_TD.element_size()))
+    shared_bytes = shared_bytes if tiling.launches == 3 else shared_bytes // 2
+    stages = max(1, min(8, shared_bytes // ((logits_T + logits_E) * block_D * itemsize)))
     x_desc = TensorDescriptor.from_tensor(x_TD, [logits_T, block_D])
     router_desc = TensorDescriptor.from_tensor(router_ED, [logits_E, block_D])
     if tiling.launches == 2:

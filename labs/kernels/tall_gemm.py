@@ -1,8 +1,9 @@
 """The grouped GEMMs of grouped_gemm.py with tiles of 192x256: three warpgroups that are their own producers.
 
-For loads of up to 192 rows an expert: one row tile an expert, so each weight is read from memory once. A separate
+For loads of up to 192 rows an expert: one row tile an expert, so each weight is read from memory once. Rows were
+gathered before and come by TMA. A separate
 producer does not fit: a fourth warpgroup leaves 128 registers a thread, what a 64x256 accumulator alone takes. So every
-warpgroup loads its own 64 rows (cp.async through token_of_row, or TMA) and warpgroup 0 loads the weights too:
+warpgroup loads its own 64 rows and warpgroup 0 loads the weights too:
 
     warpgroup 0                warpgroup 1                warpgroup 2
     wait own rows[k], weights[k]: wgmma k in flight, wgmma k-1 done: its stage is ours to refill for step k+3
@@ -11,7 +12,7 @@ warpgroup loads its own 64 rows (cp.async through token_of_row, or TMA) and warp
     wait free, weights[k+3]
 
     barrier            count  a phase ends with
-    rows_full[s, wg]   4 x 3  warpgroup wg's rows in stage s: 128 threads' cp.async, or one arrival and TMA's bytes
+    rows_full[s, wg]   4 x 3  one arrival and the bytes of warpgroup wg's rows in stage s
     weights_full[s]    4      one arrival and the weights' bytes
     free[s]            4      an arrival of each warpgroup: it reads stage s's weights no more
 
@@ -25,7 +26,6 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -38,7 +38,6 @@ from labs.kernels.grouped_gemm import (
     _ACC,
     _BLOCK_K,
     _BLOCK_N,
-    _GATHER,
     _ROW_BYTES,
     _ROWS,
     _STAGES,
@@ -46,7 +45,6 @@ from labs.kernels.grouped_gemm import (
     LAUNCH,
     ROWS,
     TilePlan,
-    check,
     describe,
     down_operands,
     find_tile,
@@ -68,10 +66,10 @@ _WARPGROUPS = gl.constexpr(TILE_ROWS // ROWS)
 
 
 @gluon.jit
-def open_ring(ROW_ARRIVALS: gl.constexpr):
+def open_ring():
     """Buffers and barriers of the ring."""
     rows, weights = open_stages(_STAGES, _WARPGROUPS)
-    rows_full = open_barriers(_STAGES * _WARPGROUPS, ROW_ARRIVALS)
+    rows_full = open_barriers(_STAGES * _WARPGROUPS, 1)
     weights_full = open_barriers(_STAGES, 1)
     free = open_barriers(_STAGES, _WARPGROUPS)
     fence_async_shared()  # TMA, another proxy than the one that wrote them, is to see the barriers set up
@@ -88,50 +86,33 @@ def load_weights(weights_desc, weight_row, k, stage, ring, wanted):
 
 
 @gluon.jit
-def gather_rows(source, row, k, stage, ring, WG: gl.constexpr, wanted):
-    """This warpgroup's 64 rows of x by cp.async, zeros for padding; its threads arrive even if none are wanted."""
-    x_ptr, token_of_row_ptr, D8 = source
-    rows, _, rows_full, _, _ = ring
-    D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
-    r = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _GATHER))
-    columns = k * _BLOCK_K + gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _GATHER))
-    slot: gl.constexpr = WG
-    if wanted:
-        token = gl.load(token_of_row_ptr + row + WG * _ROWS + r)
-        pointers = x_ptr + (token.to(gl.int64) * D)[:, None] + columns[None, :]  # T * D passes 2**31 at real sizes
-        mask = (token >= 0)[:, None] & (columns < D)[None, :]
-        async_copy.async_copy_global_to_shared(rows.index(stage * _WARPGROUPS + slot), pointers, mask)
-    async_copy.mbarrier_arrive(rows_full.index(stage * _WARPGROUPS + slot), increment_count=False)
-
-
-@gluon.jit
-def copy_rows(rows_desc, row, k, stage, ring, WG: gl.constexpr, wanted):
-    """This warpgroup's 64 contiguous rows by TMA; rows that are not wanted complete their phase at once."""
+def load_rows(rows_desc, row, k, stage, ring, WG: gl.constexpr, wanted):
+    """This warpgroup's 64 rows by TMA; where none are wanted the phase completes at once."""
     rows, _, rows_full, _, _ = ring
     slot = stage * _WARPGROUPS + WG
     bar = rows_full.index(slot)
+    wanted = wanted > 0
     mbarrier.expect(bar, _ROW_BYTES, pred=wanted)
     mbarrier.arrive(bar, pred=wanted == 0)
     tma.async_copy_global_to_shared(rows_desc, [row + WG * _ROWS, k * _BLOCK_K], bar, rows.index(slot), pred=wanted)
 
 
 @gluon.jit
-def refill(source, load_rows: gl.constexpr, weights_desc, weight_rows, here, after, k_next, k_steps, stage, phase, ring,
-           WG: gl.constexpr):
+def refill(rows_desc, weights_desc, weight_rows, here, after, k_next, k_steps, stage, phase, ring, WG: gl.constexpr):
     """Release `stage` and load step k_next into it; steps past k_steps are the next tile's first, if there is one."""
     _, _, _, _, free = ring
-    expert, row, blocks, column = here
-    expert1, row1, blocks1, column1 = after
+    expert, row, used, column = here
+    expert1, row1, used1, column1 = after
     beyond = k_next >= k_steps
     k = gl.where(beyond, k_next - k_steps, k_next)
-    blocks = gl.where(beyond, blocks1, blocks)  # 0 where there is no next tile
-    load_rows(source, gl.where(beyond, row1, row), k, stage, ring, WG, blocks > WG)
+    used = gl.where(beyond, used1, used)  # 0 where there is no next tile
+    load_rows(rows_desc, gl.where(beyond, row1, row), k, stage, ring, WG, used - WG * _ROWS)
     mbarrier.arrive(free.index(stage))
     if WG == 0:
         mbarrier.wait(free.index(stage), phase)
         expert = gl.where(beyond, expert1, expert)
         weight_row = expert * weight_rows + gl.where(beyond, column1, column) * _BLOCK_N
-        load_weights(weights_desc, weight_row, k, stage, ring, blocks > 0)
+        load_weights(weights_desc, weight_row, k, stage, ring, used > 0)
 
 
 @gluon.jit
@@ -143,8 +124,8 @@ def wait_full(ring, stage, phase, WG: gl.constexpr):
 
 
 @gluon.jit
-def warpgroup(source, weights_desc, out_ptr, width8, walk, weight_rows, ring, load_rows: gl.constexpr,
-              finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr):
+def warpgroup(rows_desc, weights_desc, out_ptr, width8, walk, weight_rows, ring, finish: gl.constexpr,
+              WG: gl.constexpr):
     """Warpgroup WG: its 64 rows of every tile of this program, loaded, multiplied and stored."""
     tiles_ptr, total, column_tiles, k_steps = walk
     rows, weights, _, _, _ = ring
@@ -152,21 +133,19 @@ def warpgroup(source, weights_desc, out_ptr, width8, walk, weight_rows, ring, lo
     first = gl.program_id(0)
     if first < total:
         here = find_tile(tiles_ptr, first, column_tiles)
-        expert, row, blocks, column = here
+        expert, row, used, column = here
         for s in gl.static_range(_STAGES):
-            load_rows(source, row, s, s, ring, WG, blocks > WG)
+            load_rows(rows_desc, row, s, s, ring, WG, used - WG * _ROWS)
             if WG == 0:
-                load_weights(weights_desc, expert * weight_rows + column * _BLOCK_N, s, s, ring, blocks > 0)
+                load_weights(weights_desc, expert * weight_rows + column * _BLOCK_N, s, s, ring, used > 0)
         stage = 0
         phase = 0
         for tile in range(first, total, grid):
             after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
-            expert, row, blocks, column = here
-            if blocks > WG:
+            expert, row, used, column = here
+            if used > WG * _ROWS:
                 acc = gl.zeros([_ROWS, _BLOCK_N], gl.float32, _ACC)
                 wait_full(ring, stage, phase, WG)
-                if GATHERED:
-                    fence_async_shared()  # cp.async wrote the rows through the generic proxy, wgmma reads the other
                 acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights.index(stage).permute((1, 0)), acc,
                                     use_acc=False, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -175,65 +154,42 @@ def warpgroup(source, weights_desc, out_ptr, width8, walk, weight_rows, ring, lo
                 stage, phase = next_stage(stage, phase, _STAGES)
                 for k in range(1, k_steps):  # the first step stands outside: inside, ptxas serialises the wgmmas
                     wait_full(ring, stage, phase, WG)
-                    if GATHERED:
-                        fence_async_shared()
                     acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights.index(stage).permute((1, 0)), acc,
                                         is_async=True)
                     acc = warpgroup_mma_wait(1, deps=(acc,))
-                    refill(source, load_rows, weights_desc, weight_rows, here, after, k - 1 + _STAGES, k_steps,
+                    refill(rows_desc, weights_desc, weight_rows, here, after, k - 1 + _STAGES, k_steps,
                            old_stage, old_phase, ring, WG)
                     old_stage = stage
                     old_phase = phase
                     stage, phase = next_stage(stage, phase, _STAGES)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
-                refill(source, load_rows, weights_desc, weight_rows, here, after, k_steps - 1 + _STAGES, k_steps,
+                refill(rows_desc, weights_desc, weight_rows, here, after, k_steps - 1 + _STAGES, k_steps,
                        old_stage, old_phase, ring, WG)
-                finish(out_ptr, width8 * 8, acc, row + WG * _ROWS, column)
+                finish(out_ptr, width8 * 8, acc, row + WG * _ROWS, column, row + used)
             else:
                 for k in range(k_steps):
                     wait_full(ring, stage, phase, WG)
-                    refill(source, load_rows, weights_desc, weight_rows, here, after, k + _STAGES, k_steps,
+                    refill(rows_desc, weights_desc, weight_rows, here, after, k + _STAGES, k_steps,
                            stage, phase, ring, WG)
                     stage, phase = next_stage(stage, phase, _STAGES)
             here = after
 
 
 @gluon.jit
-def specialize(source, weights_desc, out_ptr, width8, walk, weight_rows, ring, load_rows: gl.constexpr,
-               finish: gl.constexpr, GATHERED: gl.constexpr):
+def specialize(rows_desc, weights_desc, out_ptr, width8, walk, weight_rows, ring, finish: gl.constexpr):
     """Three warpgroups, 168 registers a thread each."""
     gl.warp_specialize([
-        (warpgroup, (source, weights_desc, out_ptr, width8, walk, weight_rows, ring, load_rows, finish, 0, GATHERED)),
-        (warpgroup, (source, weights_desc, out_ptr, width8, walk, weight_rows, ring, load_rows, finish, 1, GATHERED)),
-        (warpgroup, (source, weights_desc, out_ptr, width8, walk, weight_rows, ring, load_rows, finish, 2, GATHERED)),
+        (warpgroup, (rows_desc, weights_desc, out_ptr, width8, walk, weight_rows, ring, finish, 0)),
+        (warpgroup, (rows_desc, weights_desc, out_ptr, width8, walk, weight_rows, ring, finish, 1)),
+        (warpgroup, (rows_desc, weights_desc, out_ptr, width8, walk, weight_rows, ring, finish, 2)),
     ], [4, 4], [168, 168])
 
 
-@gluon.jit
-def tall_up_gather_kernel(
-    x_ptr,  # (T, D) bf16
-    token_of_row_ptr,  # (P,) int32
-    gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
-    hidden_ptr,  # (P, F) bf16
-    tiles_ptr,  # (X, 5) int32
-    tile_count_ptr,  # (1,) int32
-    D8,
-    F8,
-):
-    """hidden = silu(x[token] @ gate.T) * (x[token] @ up.T), gather and SwiGLU fused. D8 and F8 are D / 8 and F / 8.
-
-    Grid (SMs,): a program owns every grid-th tile of 192 rows by 128 hidden columns. Float32 accumulators.
-    """
-    walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
-    specialize((x_ptr, token_of_row_ptr, D8), gate_up_desc, hidden_ptr, F8, walk, F8 * 16, open_ring(128), gather_rows,
-               store_hidden, True)
-
-
-@gluon.jit
+@gluon.jit(do_not_specialize=["D8", "F8"])
 def tall_up_rows_kernel(
-    rows_desc,  # (P, D) bf16
+    rows_desc,  # (R, D) bf16
     gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
-    hidden_ptr,  # (P, F) bf16
+    hidden_ptr,  # (R, F) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
     D8,
@@ -244,14 +200,14 @@ def tall_up_rows_kernel(
     Grid (SMs,): a program owns every grid-th tile of 192 rows by 128 hidden columns. Float32 accumulators.
     """
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
-    specialize(rows_desc, gate_up_desc, hidden_ptr, F8, walk, F8 * 16, open_ring(1), copy_rows, store_hidden, False)
+    specialize(rows_desc, gate_up_desc, hidden_ptr, F8, walk, F8 * 16, open_ring(), store_hidden)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["D8", "F8"])
 def tall_down_kernel(
-    hidden_desc,  # (P, F) bf16
+    hidden_desc,  # (R, F) bf16
     down_desc,  # (E * D, F) bf16
-    y_ptr,  # (P, D) bf16
+    y_ptr,  # (R, D) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
     D8,
@@ -262,7 +218,7 @@ def tall_down_kernel(
     Grid (SMs,): a program owns every grid-th tile of 192 rows by 256 columns. Float32 accumulators.
     """
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D8 * 8, F8 * 8)
-    specialize(hidden_desc, down_desc, y_ptr, D8, walk, D8 * 8, open_ring(1), copy_rows, store_y, False)
+    specialize(hidden_desc, down_desc, y_ptr, D8, walk, D8 * 8, open_ring(), store_y)
 
 
 def check_depth(name: str, size: int) -> None:
@@ -271,38 +227,21 @@ def check_depth(name: str, size: int) -> None:
         raise ValueError(f"{name}={size}: the 192-row kernels need more than {PREFETCHED}, use grouped_gemm")
 
 
-def tall_up_gather(
-    x_TD: torch.Tensor,
-    token_of_row_P: torch.Tensor,
-    gate_up_E2FD: torch.Tensor,
-    plan: TilePlan,
-    hidden_PF: torch.Tensor,
-    programs: int,
-) -> None:
-    """grouped_gemm.up_gather in tiles of 192 rows. Raises ValueError as it does, and unless D > 192."""
-    P = token_of_row_P.numel()
-    check("token_of_row_P", token_of_row_P, (P,), torch.int32)
-    operands = up_operands(x_TD, P, gate_up_E2FD, plan, hidden_PF, TILE_ROWS)
-    check_depth("D", gate_up_E2FD.shape[2])
-    if P > 0:
-        tall_up_gather_kernel[(programs,)](x_TD, token_of_row_P, *operands, **LAUNCH)
-
-
 def tall_up_rows(
-    rows_PD: torch.Tensor, gate_up_E2FD: torch.Tensor, plan: TilePlan, hidden_PF: torch.Tensor, programs: int
+    rows_RD: torch.Tensor, gate_up_E2FD: torch.Tensor, plan: TilePlan, hidden_RF: torch.Tensor, programs: int
 ) -> None:
     """grouped_gemm.up_rows in tiles of 192 rows. Raises ValueError as it does, and unless D > 192."""
-    operands = up_operands(rows_PD, rows_PD.shape[0], gate_up_E2FD, plan, hidden_PF, TILE_ROWS)
+    operands = up_operands(rows_RD, rows_RD.shape[0], gate_up_E2FD, plan, hidden_RF, TILE_ROWS)
     check_depth("D", gate_up_E2FD.shape[2])
-    if rows_PD.shape[0] > 0:
-        tall_up_rows_kernel[(programs,)](describe(rows_PD, ROWS), *operands, **LAUNCH)
+    if rows_RD.shape[0] > 0:
+        tall_up_rows_kernel[(programs,)](describe(rows_RD, ROWS), *operands, **LAUNCH)
 
 
 def tall_down(
-    hidden_PF: torch.Tensor, down_EDF: torch.Tensor, plan: TilePlan, y_PD: torch.Tensor, programs: int
+    hidden_RF: torch.Tensor, down_EDF: torch.Tensor, plan: TilePlan, y_RD: torch.Tensor, programs: int
 ) -> None:
     """grouped_gemm.down in tiles of 192 rows. Raises ValueError as it does, and unless F > 192."""
-    operands = down_operands(hidden_PF, down_EDF, plan, y_PD, TILE_ROWS)
+    operands = down_operands(hidden_RF, down_EDF, plan, y_RD, TILE_ROWS)
     check_depth("F", down_EDF.shape[2])
-    if hidden_PF.shape[0] > 0:
+    if hidden_RF.shape[0] > 0:
         tall_down_kernel[(programs,)](*operands, **LAUNCH)

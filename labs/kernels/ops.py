@@ -1,0 +1,121 @@
+"""The layer's steps as registered PyTorch operators: torch.compile(fullgraph=True) takes them as they are.
+
+    moe_lab::route    (T, D) -> scores and the index arrays that sort the rows      routing.py
+    moe_lab::spread   (T, D) -> (R, D), rows gathered before the experts            tiles.py
+    moe_lab::experts  (T, D) or (R, D) -> (R, D)                                    the kernels that `choice` names
+    moe_lab::combine  (R, D) -> (T, D)                                              combine.py
+
+Operators take no tuples: a Choice travels as its fields, `kernels`, `group` and `tile` ([] for none).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from labs.kernels import combine as combining
+from labs.kernels import decode, grouped_gemm, plain_gemm, routing, tall_gemm, tiles
+from labs.kernels.choice import Choice
+from labs.kernels.launch import sm_count
+from labs.kernels.plain_gemm import PlainTile
+
+# T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
+
+
+def fields(choice: Choice) -> tuple[str, int, list[int]]:
+    """A choice as the operators take it."""
+    return choice.kernels, choice.group, [int(field) for field in choice.tile] if choice.tile else []
+
+
+def row_tile(x_TD: Tensor, router_ED: Tensor, K: int, F: int, kernels: str) -> int:
+    """Rows a tile of the work list that route writes; only decode.py reads it."""
+    if kernels != "few_rows":
+        return 128
+    (T, D), E = x_TD.shape, router_ED.shape[0]
+    return decode.tiles_for(T * K, D, F, E, sm_count(x_TD.device)).row_tile
+
+
+@torch.library.custom_op("moe_lab::route", mutates_args={"arrivals_A"})
+def route(
+    x_TD: Tensor, router_ED: Tensor, arrivals_A: Tensor, K: int, F: int, renormalize: bool, kernels: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """routing.route for experts of width F: expert_ids_TK, scores_TK, offsets_E1, token_of_row_R, row_of_slot_TK,
+    work_W4."""
+    return tuple(routing.route(x_TD, router_ED, K, arrivals_A, row_tile(x_TD, router_ED, K, F, kernels), renormalize))
+
+
+@route.register_fake
+def _(x_TD, router_ED, arrivals_A, K, F, renormalize, kernels):
+    T, E = x_TD.shape[0], router_ED.shape[0]
+
+    def int32(*shape: int) -> Tensor:
+        return x_TD.new_empty(shape, dtype=torch.int32)
+
+    return (int32(T, K), x_TD.new_empty(T, K, dtype=torch.float32), int32(E + 1), int32(T * K), int32(T, K),
+            int32(routing.work_entries(T * K, E, row_tile(x_TD, router_ED, K, F, kernels)), 4))
+
+
+@torch.library.custom_op("moe_lab::spread", mutates_args=())
+def spread(x_TD: Tensor, row_of_slot_TK: Tensor) -> Tensor:
+    """rows_RD: each token's row at each of its slots' rows."""
+    rows_RD = x_TD.new_empty(row_of_slot_TK.numel(), x_TD.shape[1])
+    tiles.spread_rows(x_TD, row_of_slot_TK, rows_RD)
+    return rows_RD
+
+
+@spread.register_fake
+def _(x_TD, row_of_slot_TK):
+    return x_TD.new_empty(row_of_slot_TK.numel(), x_TD.shape[1])
+
+
+@torch.library.custom_op("moe_lab::experts", mutates_args=())
+def experts(
+    x: Tensor, token_of_row_R: Tensor, offsets_E1: Tensor, work_W4: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor,
+    kernels: str, group: int, tile: list[int],
+) -> Tensor:
+    """Sorted rows through their experts: y_RD (R, D).
+
+    x: (T, D), or (R, D) sorted rows for the kernels `spread` and `tall`. gate_up_E2FD interleaved (tiles.py). Only
+    `few_rows` reads work_W4. Rows past the last offset keep what the buffer held.
+    """
+    (E, D, F), R, programs = down_EDF.shape, token_of_row_R.numel(), sm_count(x.device)
+    if kernels == "few_rows":
+        chosen = decode.tiles_for(R, D, F, E, programs)
+        hidden_RF = decode.up_swiglu(x, gate_up_E2FD, token_of_row_R, work_W4, chosen)
+        return decode.down(hidden_RF, down_EDF, work_W4, chosen)
+    hidden_RF, y_RD = x.new_empty(R, F), x.new_empty(R, D)
+    if kernels == "pipelined":
+        made = PlainTile(*tile[:5], tma=bool(tile[5]))
+        plan = tiles.plan_tiles(offsets_E1, R, made.block_M, group)
+        plain_gemm.plain_up(x, token_of_row_R, offsets_E1, gate_up_E2FD, plan, hidden_RF, programs, made)
+        plain_gemm.plain_down(hidden_RF, offsets_E1, down_EDF, plan, y_RD, programs, made)
+    elif kernels == "tall":
+        plan = tiles.plan_tiles(offsets_E1, R, tall_gemm.TILE_ROWS, group)
+        tall_gemm.tall_up_rows(x, gate_up_E2FD, plan, hidden_RF, programs)
+        tall_gemm.tall_down(hidden_RF, down_EDF, plan, y_RD, programs)
+    elif kernels in ("gather", "spread"):
+        plan = tiles.plan_tiles(offsets_E1, R, 128, group)
+        if kernels == "gather":
+            grouped_gemm.up_gather(x, token_of_row_R, gate_up_E2FD, plan, hidden_RF, programs)
+        else:
+            grouped_gemm.up_rows(x, gate_up_E2FD, plan, hidden_RF, programs)
+        grouped_gemm.down(hidden_RF, down_EDF, plan, y_RD, programs)
+    else:
+        raise ValueError(f"kernels={kernels!r}: choose few_rows, gather, spread, tall or pipelined")
+    return y_RD
+
+
+@experts.register_fake
+def _(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, kernels, group, tile):
+    return x.new_empty(token_of_row_R.shape[0], down_EDF.shape[1])
+
+
+@torch.library.custom_op("moe_lab::combine", mutates_args=())
+def combine(y_RD: Tensor, row_of_slot_TK: Tensor, scores_TK: Tensor) -> Tensor:
+    """combine.combine: each token's rows, summed with their scores."""
+    return combining.combine(y_RD, row_of_slot_TK, scores_TK)
+
+
+@combine.register_fake
+def _(y_RD, row_of_slot_TK, scores_TK):
+    return y_RD.new_empty(row_of_slot_TK.shape[0], y_RD.shape[1])

@@ -1,0 +1,161 @@
+"""Which row tiles a grouped GEMM works on: a table made on the device, shared by the kernels for many rows.
+
+    index array     shape     from -> to
+    offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
+    row_of_slot_TK  (T, K)    token, slot -> row
+    tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group
+
+A group is as many of an expert's row tiles as walk through its weights together, so that they share them in L2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
+import triton
+import triton.language as tl
+
+# T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
+# A tensor's suffix is its shape: x_TD is (T, D).
+
+ROWS = 64  # of one warpgroup; a row tile is a multiple of it
+INTERLEAVE = 8  # gate and up rows alternate in blocks of 8: one core matrix of wgmma's accumulator
+GROUP = 32  # row tiles that walk through their expert's weights together, at most
+FIELDS = 5  # of a row tile's entry in the table
+
+
+@triton.jit
+def plan_tiles_kernel(
+    offsets_ptr,  # (E + 1,) int32
+    tiles_ptr,  # (X, 5) int32
+    tile_count_ptr,  # (1,) int32
+    E,
+    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    E_POW2: tl.constexpr,
+):
+    """Write the table of row tiles, BLOCKS * 64 rows each, and how many there are.
+
+    Grid (E,): program e owns the entries of expert e. A group is as many of an expert's row tiles as share weights
+    in L2: its tiles in equal parts of at most GROUP.
+    """
+    expert = tl.program_id(0)
+    e = tl.arange(0, E_POW2)
+    row_start = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    row_end = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    tiles = tl.cdiv(row_end - row_start, 64 * BLOCKS)
+    first = tl.sum(tl.where(e < expert, tiles, 0))
+    count = tl.sum(tl.where(e == expert, tiles, 0))
+    if expert == E - 1:
+        tl.store(tile_count_ptr, first + count)
+        if first + count == 0:  # the GEMMs look at the first entry even when there is nothing to do
+            field = tl.arange(0, 8)
+            tl.store(tiles_ptr + field, (field == 4).to(tl.int32), mask=field < 5)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    groups = tl.maximum(tl.cdiv(count, GROUP), 1)
+    size = tl.maximum(tl.cdiv(count, groups), 1)
+    for chunk in range(0, count, 128):
+        i = chunk + tl.arange(0, 128)
+        mask = i < count
+        row = start + i * (64 * BLOCKS)
+        group_first = i // size * size
+        entry = tiles_ptr + (first + i) * 5
+        tl.store(entry + 0, tl.zeros_like(i) + expert, mask)
+        tl.store(entry + 1, row, mask)
+        tl.store(entry + 2, tl.minimum(end - row, BLOCKS * 64), mask)
+        tl.store(entry + 3, first + group_first, mask)
+        tl.store(entry + 4, tl.minimum(size, count - group_first), mask)
+
+
+@triton.jit
+def spread_rows_kernel(
+    x_ptr,  # (T, D) bf16
+    row_of_slot_ptr,  # (T, K) int32
+    rows_ptr,  # (R, D) bf16
+    D,
+    TOP_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """rows[row_of_slot[t, k]] = x[t]: a token is read once and written TOP_K times.
+
+    Grid (T, cdiv(D, BLOCK_D)): a program owns BLOCK_D columns of one token.
+    """
+    token = tl.program_id(0).to(tl.int64)  # R * D passes 2**31 at real sizes
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < D
+    values = tl.load(x_ptr + token * D + column, mask=inside)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(row_of_slot_ptr + token * TOP_K + k).to(tl.int64)
+        tl.store(rows_ptr + row * D + column, values, mask=inside)
+
+
+class TilePlan(NamedTuple):
+    """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), and the rows of a tile."""
+
+    tiles_X5: torch.Tensor
+    tile_count: torch.Tensor
+    tile_rows: int
+
+
+def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Raise ValueError, saying what is needed, unless the tensor is contiguous and has this shape and dtype."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, "
+                         f"but must be contiguous {dtype} {shape}")
+
+
+def check_gemm(E: int, D: int, F: int, plan: TilePlan, tile_rows: int) -> None:
+    """Raise ValueError for sizes that TMA cannot address, and for a plan made for other tiles."""
+    if E < 1 or D < 8 or F < 8 or D % 8 or F % 8:
+        raise ValueError(f"E={E} D={D} F={F}: E must be at least 1, D and F positive multiples of 8")
+    if plan.tile_rows != tile_rows:
+        raise ValueError(f"the plan has tiles of {plan.tile_rows} rows, this kernel has {tile_rows}")
+
+
+def interleave_gate_up(gate_up_E2FD: torch.Tensor) -> torch.Tensor:
+    """Gate rows then up rows -> blocks of 8 gate rows and 8 up rows in turn, a copy (E, 2F, D). Once, at build.
+
+    Raises ValueError unless F is a multiple of 8.
+    """
+    E, two_F, D = gate_up_E2FD.shape
+    if two_F % (2 * INTERLEAVE):
+        raise ValueError(f"2F={two_F}: F must be a multiple of {INTERLEAVE}")
+    blocks = gate_up_E2FD.reshape(E, 2, two_F // 2 // INTERLEAVE, INTERLEAVE, D)
+    return blocks.transpose(1, 2).reshape(E, two_F, D)
+
+
+def plan_tiles(offsets_E1: torch.Tensor, R: int, tile_rows: int = 128, group: int = GROUP) -> TilePlan:
+    """Cut each expert's rows into tiles of tile_rows, a multiple of 64; no host sync.
+
+    offsets_E1 (E + 1,) int32, the last at most R. Raises ValueError for other shapes, dtypes or sizes.
+    """
+    E = offsets_E1.numel() - 1
+    check("offsets_E1", offsets_E1, (max(E, 1) + 1,), torch.int32)
+    if tile_rows < ROWS or tile_rows % ROWS or group < 1:
+        raise ValueError(f"tile_rows={tile_rows} group={group}: need a positive multiple of {ROWS}, and at least 1")
+    tiles_X5 = offsets_E1.new_empty(triton.cdiv(R, tile_rows) + E, FIELDS)
+    tile_count = offsets_E1.new_empty(1)
+    plan_tiles_kernel[(E,)](
+        offsets_E1, tiles_X5, tile_count, E,
+        BLOCKS=tile_rows // ROWS, GROUP=group, E_POW2=triton.next_power_of_2(E), num_warps=4,
+    )
+    return TilePlan(tiles_X5, tile_count, tile_rows)
+
+
+def spread_rows(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, rows_RD: torch.Tensor) -> None:
+    """rows_RD[row_of_slot_TK[t, k]] = x_TD[t]; other rows are left as they are.
+
+    x_TD (T, D) and rows_RD (R, D) of one dtype, row_of_slot_TK (T, K) int32, every entry in 0..R-1. Raises ValueError.
+    """
+    (T, D), K = x_TD.shape, row_of_slot_TK.shape[1]
+    check("x_TD", x_TD, (T, D), rows_RD.dtype)
+    check("row_of_slot_TK", row_of_slot_TK, (T, K), torch.int32)
+    check("rows_RD", rows_RD, (rows_RD.shape[0], D), x_TD.dtype)
+    if T > 0:
+        block_D = min(1024, triton.next_power_of_2(D))
+        grid = (T, triton.cdiv(D, block_D))
+        spread_rows_kernel[grid](x_TD, row_of_slot_TK, rows_RD, D, TOP_K=K, BLOCK_D=block_D, num_warps=4)

@@ -1,0 +1,270 @@
+"""Level 8: TMA overlap. Kernels at the limit of the chip.
+
+Adds   persistent, warp-specialised grouped GEMMs fed by TMA, with gather and SwiGLU fused in; router, top-k and sort
+       in one to three launches; a combine at copy bandwidth.
+Why    level 7 still writes and reads 3*R*F values between its GEMMs, sorts in eight launches, and its GEMMs wait for
+       their own loads: one set of warps issues a load, waits, multiplies, and stops to store.
+How    kernels in labs/kernels, one job a file, each chosen by the mean rows an expert (labs/kernels/choice.py):
+           producer warp      | TMA weights, cp.async or TMA rows -> ring of 4 stages of 48 KB in shared memory
+           consumer warps 0-3 | wait full[s] -> wgmma 64x256x64 -> arrive empty[s]; then SwiGLU, store
+           consumer warps 4-7 | the same for the tile's other 64 rows
+       Few rows an expert: weights take wgmma's tall side, each read once. Row tiles of an expert are neighbours in
+       time, so its weights are read from memory once and shared in L2. x is copied to sorted rows before (dispatch)
+       where that costs less than gathering in every load.
+Costs  gate and up rows interleaved, repacked once in build: hold that copy instead of the canonical one.
+       D and F are multiples of 8, E at most 512, bfloat16 or float16.
+Needs  CUDA. sm_90 for TMA and warp roles; sm_80, 86, 89 and 120 run pipelined kernels with cp.async, and say so.
+Run    python labs/level8_tma_overlap.py --preset qwen3-30b-a3b --tokens 16384
+Diff   make diff N=8
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from common.config import MoEConfig
+from common.level import Claims, Level, Unsupported, main
+from common.model import Weights
+from common.rounded import Rounding
+from labs.kernels import ops
+from labs.kernels.choice import Choice, Chooser
+from labs.kernels.rounding import Plan, Rounded, combine_rounded, describe, plan_rounding, round_tokens
+from labs.kernels.routing import MOST_EXPERTS, Routing, new_arrivals, scores_sum_to_one
+from labs.kernels.tiles import interleave_gate_up
+
+# T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
+# A tensor's suffix is its shape: x_TD is (T, D), gate_up_E2FD is (E, 2F, D).
+
+LEVEL = Level(
+    number=8,
+    name="tma_overlap",
+    adds="persistent, warp-specialised kernels fed by TMA; routing in one to three launches",
+    changes=(
+        "silu_mul_kernel", "silu_mul", "grouped_gemm_kernel", "Tile", "choose_tile", "grouped_gemm",
+        "shared_memory_bytes", "compile_whole", "GATHERED_BEFORE", "route", "dispatch", "experts",
+        "combine", "layer", "layer_rounded", "ChosenReplay", "repack", "build",
+    ),
+    requires=("cuda",),
+    variants=("exact", "rounded"),
+    claims=Claims(host_syncs=0, max_launches=2),
+)
+
+# Row tiles to round to. The GEMM's tiles are as long, or half as long.
+TILES = (64, 128, 256)
+
+# Kernels that want their rows gathered before.
+GATHERED_BEFORE = ("spread", "tall")
+
+# Graphs kept, one a token count; the least recently used goes first.
+MAX_GRAPHS = 16
+
+
+def router_logits(x_TD: torch.Tensor, router_ED: torch.Tensor) -> torch.Tensor:
+    """(T, E) float32 logits. Logits rounded to bfloat16 would pick other experts on near ties."""
+    if x_TD.is_cuda and x_TD.dtype != torch.float32:
+        return torch.mm(x_TD, router_ED.T, out_dtype=torch.float32)
+    return x_TD.float() @ router_ED.T.float()
+
+
+# index array       shape     from -> to
+# expert_ids_TK     (T, K)    token, slot -> expert
+# token_of_row_R    (R,)      sorted row -> token
+# offsets_E1        (E + 1,)  expert -> its first sorted row; the last entry is R
+# row_of_slot_TK    (T, K)    token, slot -> sorted row
+# work_W4           (W, 4)    row tile -> its expert, first row, end row, first row tile; for few rows an expert
+
+
+def route(
+    x_TD: torch.Tensor, router_ED: torch.Tensor, arrivals_A: torch.Tensor, cfg: MoEConfig, choice: Choice
+) -> Routing:
+    """Each token's K experts and scores, and all index arrays, in one to three launches. No sort: a slot's rank
+    among its expert's rows is counted."""
+    return Routing(*ops.route(x_TD, router_ED, arrivals_A, cfg.K, cfg.F, scores_sum_to_one(cfg), choice.kernels))
+
+
+def dispatch(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """Rows for the experts: x itself where their loads gather, else (R, D) sorted, each token read once."""
+    return ops.spread(x_TD, row_of_slot_TK) if choice.kernels in GATHERED_BEFORE else x_TD
+
+
+def experts(
+    rows: torch.Tensor,
+    token_of_row_R: torch.Tensor,
+    offsets_E1: torch.Tensor,
+    work_W4: torch.Tensor,
+    weights: Weights,
+    choice: Choice,
+) -> torch.Tensor:
+    """Sorted rows through their experts: (R, D). `weights` are those of `repack`."""
+    return ops.experts(rows, token_of_row_R, offsets_E1, work_W4, weights.gate_up_E2FD, weights.down_EDF,
+                       *ops.fields(choice))
+
+
+def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
+    """Gather each token's K rows and sum them, weighted by score in float32: (R, D) -> (T, D)."""
+    return ops.combine(y_RD, row_of_slot_TK, scores_TK)
+
+
+def layer(
+    x_TD: torch.Tensor, weights: Weights, cfg: MoEConfig, arrivals_A: torch.Tensor, choice: Choice
+) -> torch.Tensor:
+    """The layer with exact top-k, (T, D) -> (T, D). `weights` are those of `repack`.
+
+    Calls that share arrivals_A (of labs/kernels/routing.py) must not overlap.
+    """
+    routed = route(x_TD, weights.router_ED, arrivals_A, cfg, choice)
+    rows = dispatch(x_TD, routed.row_of_slot_TK, choice)
+    y_RD = experts(rows, routed.token_of_row_R, routed.offsets_E1, routed.work_W4, weights, choice)
+    return combine(y_RD, routed.row_of_slot_TK, routed.scores_TK)
+
+
+def route_rounded(x_TD: torch.Tensor, router_ED: torch.Tensor, cfg: MoEConfig, plan: Plan) -> Rounded:
+    """Each expert's tokens in whole tiles, with their scores, in place of each token's K experts. Its index arrays
+    are in labs/kernels/rounding.py; C rows is the most that the plan can give."""
+    probs_TE = router_logits(x_TD, router_ED).softmax(dim=1)
+    expert_ids_TK = probs_TE.topk(cfg.K, dim=1).indices
+    return round_tokens(probs_TE, expert_ids_TK, plan)
+
+
+def layer_rounded(
+    x_TD: torch.Tensor, weights: Weights, cfg: MoEConfig, plan: Plan, choice: Choice
+) -> tuple[torch.Tensor, Rounded]:
+    """The layer with rounded routing, (T, D) -> (T, D), and that routing. A token without expert is zeros."""
+    rounded = route_rounded(x_TD, weights.router_ED, cfg, plan)
+    token_of_row_C, offsets_E1 = rounded.token_of_row_C, rounded.offsets_E1
+    rows = x_TD[token_of_row_C] if choice.kernels in GATHERED_BEFORE else x_TD
+    no_work = offsets_E1.new_empty(0, 4)
+    y_CD = experts(rows, token_of_row_C, offsets_E1, no_work, weights, choice)
+    return combine_rounded(y_CD, rounded, plan), rounded
+
+
+class Replay:
+    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at any T,
+    because the graphs share their memory.
+
+    Raises ValueError if x is not (T, D) in the dtype and on the device of the weights: a copy into the
+    captured input would convert it without a word.
+    """
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], weights: Weights):
+        self.forward = forward
+        self.like = weights.router_ED
+        self.graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        D, dtype, device = self.like.shape[1], self.like.dtype, self.like.device
+        if x_TD.dim() != 2 or x_TD.shape[1] != D or x_TD.dtype != dtype or x_TD.device != device:
+            raise ValueError(f"x is {tuple(x_TD.shape)} {x_TD.dtype} on {x_TD.device}: "
+                             f"this forward was built for (T, {D}) {dtype} on {device}")
+        T = x_TD.shape[0]
+        if T == 0:
+            return torch.empty_like(x_TD)
+        if T not in self.graphs:
+            self.graphs[T] = self.capture(x_TD)
+            if len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(T)
+        graph, captured_x_TD, captured_out_TD = self.graphs[T]
+        captured_x_TD.copy_(x_TD)
+        graph.replay()
+        return captured_out_TD
+
+    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """Run `forward` once to compile its kernels, then record it: graph, its input, its output."""
+        captured_x_TD = x_TD.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.forward(captured_x_TD)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            captured_out_TD = self.forward(captured_x_TD)
+        return graph, captured_x_TD, captured_out_TD
+
+
+class RoundedReplay(Replay):
+    """A Replay of a forward that also returns its rounded routing, or None where top-k is exact.
+
+    The routing of the last replay stays where the graph has written it, for `rounding` to tell.
+    """
+
+    def __init__(self, forward: Callable, weights: Weights, plan: Callable[[int], Plan]):
+        super().__init__(forward, weights)
+        self.plan = plan
+        self.rounded: dict[int, Rounded | None] = {}
+
+    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """As Replay's, with the routing put aside."""
+        graph, captured_x_TD, (captured_out_TD, rounded) = super().capture(x_TD)
+        kept = {T: routing for T, routing in self.rounded.items() if T in self.graphs}
+        self.rounded = {**kept, x_TD.shape[0]: rounded}
+        return graph, captured_x_TD, captured_out_TD
+
+    def rounding(self, T: int) -> Rounding | None:
+        """How the last call with T tokens was rounded; None if it was exact. Waits for the GPU."""
+        rounded = self.rounded.get(T)
+        return None if rounded is None else describe(rounded, self.plan(T))
+
+
+class ChosenReplay(RoundedReplay):
+    """A RoundedReplay that also tells which kernels run the experts."""
+
+    def __init__(self, forward: Callable, weights: Weights, plan: Callable[[int], Plan], kernels: Callable[[int], str]):
+        super().__init__(forward, weights, plan)
+        self.kernels = kernels
+
+
+def repack(cfg: MoEConfig, weights: Weights) -> Weights:
+    """The weights with gate and up rows interleaved, a copy of gate_up. Raises Unsupported for what the kernels
+    cannot take, ValueError on misfit weights."""
+    weights.check(cfg)
+    if cfg.D % 8 or cfg.F % 8:
+        raise Unsupported(f"needs D and F in multiples of 8, these are {cfg.D} and {cfg.F}")
+    if cfg.E > MOST_EXPERTS:
+        raise Unsupported(f"needs E of at most {MOST_EXPERTS}, this is {cfg.E}")
+    if weights.router_ED.dtype not in (torch.bfloat16, torch.float16):
+        raise Unsupported("needs bfloat16 or float16")
+    return Weights(weights.router_ED, interleave_gate_up(weights.gate_up_E2FD), weights.down_EDF)
+
+
+def build(
+    cfg: MoEConfig, weights: Weights, variant: str = "exact", tile: int = 128, mode: str = "nearest"
+) -> ChosenReplay:
+    """A forward x_TD -> out_TD, (T, D) in the weights' dtype, T >= 0: with exact top-k, or rounded to `tile` rows by
+    `mode` (nearest, up, down, balance).
+
+    Raises ValueError on misfit weights or another variant, tile or mode, Unsupported for sizes, dtypes or GPUs that
+    the kernels do not take.
+    """
+    if variant not in LEVEL.variants:
+        raise ValueError(f"variant={variant!r}: choose one of {', '.join(LEVEL.variants)}")
+    if tile not in TILES:
+        raise ValueError(f"tile={tile}: choose one of {', '.join(map(str, TILES))}, which the GEMM's tiles divide")
+    plan_rounding(cfg, 0, tile, mode, least_tiles=0)  # so that an unknown mode is named now
+    choose = Chooser(cfg.D, cfg.F, cfg.E, weights.router_ED.dtype, weights.device)
+    packed, arrivals_A = repack(cfg, weights), new_arrivals(weights.device)
+
+    def plan(T: int) -> Plan:
+        return plan_rounding(cfg, T, tile, mode if variant == "rounded" else "exact")
+
+    def forward(x_TD: torch.Tensor) -> tuple[torch.Tensor, Rounded | None]:
+        planned = plan(x_TD.shape[0])  # warns where rounding would change too much, and is then exact
+        choice = choose(planned.capacity, lambda tried: layer(x_TD, packed, cfg, arrivals_A, tried))
+        if planned.mode == "exact":
+            return layer(x_TD, packed, cfg, arrivals_A, choice), None
+        return layer_rounded(x_TD, packed, cfg, planned, choice)
+
+    return ChosenReplay(forward, weights, plan, lambda T: str(choose(plan(T).capacity)))
+
+
+if __name__ == "__main__":
+    main(LEVEL)
