@@ -119,8 +119,8 @@ def layer_time(args: argparse.Namespace) -> dict:
                 "environment": None, "ceilings": {}}
     path = args.times or ROOT / "plots" / f"h200_{args.config}.json"
     if not path.exists():
-        raise ValueError(f"--times {shown(path)}: there is no such file. On a GPU, level_runner.py --preset {args.config} "
-                         f"makes it; or give --layer-ms and --layer-tokens")
+        raise ValueError(f"--times {shown(path)}: there is no such file. On a GPU, level_runner.py --preset "
+                         f"{args.config} makes it; or give --layer-ms and --layer-tokens")
     runs = [run for run in load(path) if run.routing == "natural" and not run.partial]
     run = max(runs, key=lambda one: one.shape["T"])
     if run.preset != args.config:
