@@ -13,6 +13,7 @@ backends), statistics, inference, huggingface. Parameters are named and shaped a
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from torch.nn.functional import silu
 import common.level  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from common.config import MoEConfig, dtype_name
 from common.model import Weights
-from labs.kernels.rounding import LEAST_TILES, MODES, plan_rounding
+from labs.kernels.rounding import LEAST_TILES, MODES, Plan, plan_rounding
 from labs.moe_layer.admission import Admitted, drop_over_capacity, round_choice
 from labs.moe_layer.experts import BACKENDS, Backend, Experts, choose_backend
 from labs.moe_layer.inference import GraphedForward, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
+from labs.moe_layer.memory import predict_kept_bytes
 from labs.moe_layer.router import Choice, Router
 from labs.moe_layer.statistics import LoadRecorder, LoadStats
 
@@ -86,9 +88,9 @@ class OptimizedMoELayer(nn.Module):
                  eval_capacity_factor: float | None = None, adaptive_capacity: bool = False,
                  z_loss_weight: float = 0.0, bias_update_rate: float = 0.0, scoring: str = "softmax_topk",
                  renormalize: bool = True, temperature: float = 1.0, noise_std: float = 0.0, num_groups: int = 1,
-                 top_groups: int | None = None, score_scale: float = 1.0, shared_ffn_dim: int = 0, router_bias: bool = False,
-                 backend: str = "auto", balance_group: object | None = None, cuda_graph: bool = False,
-                 collect_stats: bool = True, rounding_least_tiles: float = LEAST_TILES,
+                 top_groups: int | None = None, score_scale: float = 1.0, shared_ffn_dim: int = 0,
+                 router_bias: bool = False, backend: str = "auto", balance_group: object | None = None,
+                 cuda_graph: bool = False, collect_stats: bool = True, rounding_least_tiles: float = LEAST_TILES,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         for name, size in (("hidden_dim", hidden_dim), ("ffn_dim", ffn_dim), ("num_experts", num_experts),
@@ -255,14 +257,16 @@ class OptimizedMoELayer(nn.Module):
             computed_E = count_rows(ids_TK, self.num_experts)
         admitted = Admitted(choice.scores_TK, ids_TK, may_drop=factor is not None)
         if self.training and self.token_rounding is not None and T:
-            plan = plan_rounding(self._config, T, self.tile_size, self.token_rounding,
-                                 self.rounding_least_tiles)
+            plan = self._plan(T)
             if plan.mode != "exact":
                 rounded = round_choice(choice.probs_TE, ids_TK, plan)
                 computed_E = rounded.offsets_E1.diff().long()
                 admitted = admitted._replace(rounded=rounded, plan=plan, probs_TE=choice.probs_TE,
                                              score_scale=self.gate.score_scale)
         return admitted, computed_E
+
+    def _plan(self, T: int) -> Plan:
+        return plan_rounding(self._config, T, self.tile_size, self.token_rounding, self.rounding_least_tiles)
 
     def _adapt_factor(self, chosen_E: torch.Tensor, momentum: float = 0.9) -> torch.Tensor:
         """The capacity factor for this step, 0-d on the device: a running mean of the largest load over the mean."""
@@ -312,6 +316,25 @@ class OptimizedMoELayer(nn.Module):
     def stats(self, running: bool = False) -> LoadStats:
         """Loads of the last forward, or, `running`, of all training forwards since the last reset_stats()."""
         return self.recorder.read(running)
+
+    def activation_bytes(self, T: int) -> int:
+        """Bytes that a training forward of T tokens keeps for its backward, x among them, predicted from the sizes
+        for the backend that runs; without autocast, which keeps its copies of the weights too."""
+        if not isinstance(T, int) or T < 0:
+            raise ValueError(f"T={T!r}: a whole number of tokens")
+        shared_ffn_dim = self.shared_experts.gate_proj.out_features if self.shared_experts else 0
+        rows, name = T * self.top_k, self.backend.name
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        by_entries = name == "kernels" and factor is not None
+        if self.training and self.token_rounding is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that rounding is off at this T is said by the forward
+                plan = self._plan(T)
+            if plan.mode != "exact":
+                rows, by_entries = plan.capacity, True
+        return predict_kept_bytes(T, rows, self.hidden_dim, self.ffn_dim, self.num_experts, self.top_k,
+                                  self.experts.down_proj.itemsize, name, self.gradient_checkpointing, shared_ffn_dim,
+                                  by_entries)
 
     def reset_stats(self) -> None:
         """Forget the running statistics."""

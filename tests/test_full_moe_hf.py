@@ -10,15 +10,15 @@ from labs.full_moe import OptimizedMoELayer
 
 pytest.importorskip("transformers", minversion="5", reason="needs transformers 5: pip install -r requirements-hf.txt")
 
-from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig  # noqa: E402
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE  # noqa: E402
-from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralSparseMoeBlock  # noqa: E402
-from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa: E402
-from transformers.models.qwen3_moe.modeling_qwen3_moe import (  # noqa: E402
+from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralSparseMoeBlock
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForCausalLM, Qwen3MoeSparseMoeBlock,
 )
 
-from labs.moe_layer.huggingface import BACKEND_NAME, register_experts_backend  # noqa: E402
+from labs.moe_layer.huggingface import BACKEND_NAME, register_experts_backend
 
 D, F, E, K = 32, 24, 8, 2
 BLOCKS = {

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.level import Unsupported
 from labs.kernels.backward import moe_experts, moe_experts_rounded, rounded_scores
-from labs.kernels.plain_gemm import tile_for
+from labs.kernels.choice import capability
 from labs.kernels.rounding import Plan, Rounded, combine_rounded
 from labs.moe_layer.admission import Admitted, round_choice
 
@@ -245,9 +245,8 @@ def why_not_kernels(device: torch.device, dtype: torch.dtype, D: int, F: int, E:
     if D % 8 or F % 8 or E > 512:
         return f"the kernels need D and F in multiples of 8 and at most 512 experts, not D={D} F={F} E={E}"
     try:
-        major, minor = torch.cuda.get_device_capability(device)
-        tile_for(10 * major + minor)
-    except ValueError as error:
+        capability(device)
+    except Unsupported as error:
         return str(error)
     return ""
 

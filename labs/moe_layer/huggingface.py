@@ -146,8 +146,8 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
     (T, D). Raises ValueError for experts with a bias, another layout or another activation."""
     plain = self.has_gate and self.is_concatenated and not self.is_transposed and not self.has_bias
     if not plain or getattr(self, "has_post_expert_norm", False):
-        raise ValueError(f"experts_implementation={BACKEND_NAME!r} needs experts with gate_up_proj (E, 2F, D), gate rows "
-                         f"first, and no bias or norm; {type(self).__name__} is not so")
+        raise ValueError(f"experts_implementation={BACKEND_NAME!r} needs experts with gate_up_proj (E, 2F, D), "
+                         f"gate rows first, and no bias or norm; {type(self).__name__} is not so")
     check_silu(self)
     E, D, F = self.down_proj.shape
     device = hidden_states.device

@@ -17,6 +17,7 @@ import torch
 
 from common.config import MoEConfig
 from common.model import Weights
+from labs import level8_tma_overlap
 
 # T tokens, D model width.
 
@@ -26,11 +27,9 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def build_ladder_layer(cfg: MoEConfig, weights: Weights) -> Forward:
-    """The ladder's fastest layer on this GPU, router included: x_TD -> out_TD."""
-    from labs.level8_tma_overlap import build  # compiles for the GPU, so it is loaded only where one is
-
-    forward = build(cfg, weights).forward
-    return lambda x_TD: forward(x_TD)[0]
+    """Level 8's layer, router included, without its own graphs: x_TD -> out_TD."""
+    built = level8_tma_overlap.build(cfg, weights)
+    return lambda x_TD: built.forward(x_TD)[0]
 
 
 class Replay(NamedTuple):

@@ -1,0 +1,680 @@
+"""OptimizedMoELayer against the float64 definition, and its parts: python -m pytest tests/test_full_moe.py"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from common.config import MoEConfig, Workload
+from common.level import Unsupported
+from common.measure import relative_error
+from common.model import make_inputs, make_weights
+from labs.full_moe import OptimizedMoELayer
+from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
+from labs.moe_layer import experts as experts_module
+from labs.moe_layer.admission import drop_over_capacity, round_on_cpu
+from labs.moe_layer.experts import BACKENDS, compute_experts, why_not_kernels
+from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
+from labs.moe_layer.memory import measure_kept_bytes
+from labs.moe_layer.router import Router
+from labs.moe_layer.statistics import evenness, gini
+from labs.studies.byte_lm import SMALL, moe_factory, train
+from tests.cases import CASES
+
+ON_GPU = torch.cuda.is_available()
+# Relative error that rounding may cause: float64 sums differ in order only.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+NAMES = ("x", "gate.weight", "experts.gate_up_proj", "experts.down_proj")
+
+
+# ---- the definition ------------------------------------------------------------------------------
+
+def scores_by_definition(layer: OptimizedMoELayer, x_TD: torch.Tensor, router_ED: torch.Tensor,
+                         chosen_TE: torch.Tensor) -> torch.Tensor:
+    """(T, E) float64: the weight of every expert for every token, zero where chosen_TE is False."""
+    gate = layer.gate
+    logits_TE = x_TD @ router_ED.T / gate.temperature
+    if gate.scoring == "topk_softmax":
+        scores_TE = logits_TE.masked_fill(~chosen_TE, -torch.inf).softmax(dim=1).nan_to_num(0.0)
+    else:
+        scores_TE = (logits_TE.sigmoid() if gate.scoring == "sigmoid" else logits_TE.softmax(dim=1)) * chosen_TE
+    if gate.renormalize:
+        scores_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp_min(1e-300)
+    return scores_TE * gate.score_scale
+
+
+def experts_by_definition(x_TD, scores_TE, gate_up_E2FD, down_EDF) -> torch.Tensor:
+    """All experts on all tokens, weighted: nothing sorted, nothing grouped."""
+    gate_ETF, up_ETF = torch.einsum("td,end->etn", x_TD, gate_up_E2FD).chunk(2, dim=2)
+    y_ETD = torch.einsum("etf,edf->etd", torch.nn.functional.silu(gate_ETF) * up_ETF, down_EDF)
+    return torch.einsum("te,etd->td", scores_TE, y_ETD)
+
+
+@dataclass
+class Result:
+    """An output and the gradients of x and the weights, by the names in NAMES."""
+
+    out_TD: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def expected(layer: OptimizedMoELayer, x_TD: torch.Tensor, grad_TD: torch.Tensor, chosen_TE: torch.Tensor,
+             kept_TE: torch.Tensor | None = None) -> Result:
+    """Float64, by autograd through the definition; kept_TE are the chosen that were not dropped afterwards."""
+    leaves = [tensor.detach().double().requires_grad_() for tensor in
+              (x_TD, layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj)]
+    x, router, gate_up, down = leaves
+    scores_TE = scores_by_definition(layer, x, router, chosen_TE)
+    out_TD = experts_by_definition(x, scores_TE if kept_TE is None else scores_TE * kept_TE, gate_up, down)
+    out_TD.backward(grad_TD.double())
+    return Result(out_TD.detach(), dict(zip(NAMES, (leaf.grad for leaf in leaves), strict=True)))
+
+
+def measured(layer: OptimizedMoELayer, x_TD: torch.Tensor, grad_TD: torch.Tensor) -> Result:
+    """What the layer gives."""
+    layer.zero_grad()
+    x = x_TD.clone().requires_grad_()
+    out_TD = layer(x)
+    out_TD.backward(grad_TD)
+    parameters = dict(layer.named_parameters())
+    return Result(out_TD.detach(), {"x": x.grad, **{name: parameters[name].grad for name in NAMES[1:]}})
+
+
+def assert_close(found: Result, wanted: Result, bound: float) -> None:
+    pairs = {"out": (found.out_TD, wanted.out_TD), **{
+        name: (found.gradients[name], wanted.gradients[name]) for name in NAMES}}
+    # Where all weight is on one renormalised score, the router's gradient is zero in real arithmetic.
+    for name, (got, ref) in pairs.items():
+        assert got.isfinite().all(), name
+        if ref.numel() and ref.norm() > 1e-9 * ref.numel() ** 0.5:
+            error = relative_error(got, ref)
+            assert error < bound, f"{name}: relative error {error:.1e} is over {bound:.0e}"
+        else:
+            assert got.double().norm() < 1e-3, name
+
+
+def mask_of(expert_ids_TK: torch.Tensor, E: int) -> torch.Tensor:
+    """(T, E) bool; an id of E marks nothing."""
+    mask_TE = torch.zeros(expert_ids_TK.shape[0], E + 1, dtype=torch.bool, device=expert_ids_TK.device)
+    return mask_TE.scatter_(1, expert_ids_TK, True)[:, :E]
+
+
+def make_layer(case, dtype: torch.dtype, device: torch.device, **options) -> tuple[OptimizedMoELayer, torch.Tensor]:
+    """A layer with a case's weights, and the case's tokens."""
+    options = {"capacity_factor": None, "scoring": case.scoring, "renormalize": case.renormalize, **options}
+    layer = OptimizedMoELayer(case.D, case.F, case.E, case.K, **options, device=device, dtype=dtype)
+    weights = make_weights(case.config, torch.float32, device)
+    x_TD = make_inputs(Workload(case.config, case.T, torch.float32, case.routing), weights)
+    with torch.no_grad():
+        for parameter, value in zip((layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj),
+                                    (weights.router_ED, weights.gate_up_E2FD, weights.down_EDF), strict=True):
+            parameter.copy_(value)
+    return layer, x_TD.to(dtype)
+
+
+def small(device: torch.device, T: int = 48, **options) -> tuple[OptimizedMoELayer, torch.Tensor]:
+    """An eight-expert layer in float32 and T tokens."""
+    torch.manual_seed(0)
+    layer = OptimizedMoELayer(32, 24, 8, 2, **{"capacity_factor": None, **options}).to(device)
+    return layer, torch.randn(T, 32, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+# ---- the layer -----------------------------------------------------------------------------------
+
+RUNS = [("loop", torch.float64), ("grouped", torch.float64), ("grouped", torch.float32), ("loop", torch.float32)]
+RUNS += [("grouped", torch.bfloat16), ("kernels", torch.bfloat16)] if ON_GPU else []
+
+
+@pytest.mark.parametrize(("backend", "dtype"), RUNS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients_equal_the_definition(case, backend, dtype, device):
+    if backend == "kernels" and (case.D % 8 or case.F % 8):
+        pytest.skip("the kernels need D and F in multiples of 8")
+    layer, x_TD = make_layer(case, dtype, device, backend=backend)
+    grad_TD = torch.randn(x_TD.shape, generator=torch.Generator(device).manual_seed(2), device=device).to(dtype)
+    chosen_TE = mask_of(layer.gate(x_TD).expert_ids_TK, case.E)
+    assert_close(measured(layer, x_TD, grad_TD), expected(layer, x_TD, grad_TD, chosen_TE), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("options", [
+    {"scoring": "sigmoid"}, {"scoring": "sigmoid", "num_groups": 4, "top_groups": 2, "score_scale": 2.5},
+    {"temperature": 2.0}, {"gradient_checkpointing": True}, {"capacity_factor": 0.75},
+    {"capacity_factor": 0.75, "gradient_checkpointing": True}, {"capacity_factor": 0.5, "backend": "loop"},
+    {"scoring": "topk_softmax", "temperature": 0.5, "capacity_factor": 1.0},
+], ids=str)
+def test_options_equal_the_definition(options, device):
+    layer, x_TD = small(device, **options)
+    grad_TD = torch.randn_like(x_TD)
+    choice = layer.gate(x_TD)
+    kept_ids_TK = choice.expert_ids_TK
+    if layer.capacity_factor:
+        kept_ids_TK = drop_over_capacity(choice.scores_TK, choice.expert_ids_TK, 8, layer.capacity_factor)
+        assert (kept_ids_TK == 8).any(), "nothing to test"
+    wanted = expected(layer, x_TD, grad_TD, mask_of(choice.expert_ids_TK, 8), mask_of(kept_ids_TK, 8))
+    assert_close(measured(layer, x_TD, grad_TD), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("fault", ["swapped gate and up", "skipped score", "wrong expert"])
+def test_the_comparison_finds_faults(fault, device, monkeypatch):
+    layer, x_TD = small(device)
+    grad_TD = torch.randn_like(x_TD)
+    wanted = expected(layer, x_TD, grad_TD, mask_of(layer.gate(x_TD).expert_ids_TK, 8))
+    original = experts_module.BACKENDS["grouped"]
+
+    def faulty(x, gate_up, down, admitted):
+        if fault == "swapped gate and up":
+            gate_up = gate_up.roll(24, dims=1)
+        elif fault == "skipped score":
+            admitted = admitted._replace(scores_TK=admitted.scores_TK * 0 + 0.5)
+        else:
+            admitted = admitted._replace(expert_ids_TK=(admitted.expert_ids_TK + 1) % 8)
+        return original(x, gate_up, down, admitted)
+
+    monkeypatch.setitem(experts_module.BACKENDS, "grouped", faulty)
+    with pytest.raises(AssertionError):
+        assert_close(measured(layer, x_TD, grad_TD), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("options", [{"capacity_factor": 0.5}, {"token_rounding": "down", "tile_size": 4}], ids=str)
+def test_rows_that_nobody_wrote_reach_nothing(options, device, monkeypatch):
+    """grouped_mm leaves rows past the last expert's as they are: NaN there must not be seen, forward or backward."""
+    layer, x_TD = small(device, backend="grouped", **options)
+    grad_TD = torch.randn_like(x_TD)
+    clean = measured(layer, x_TD, grad_TD)
+
+    class Dirty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values, ends):
+            ctx.save_for_backward(ends)
+            return Dirty.spoil(values, ends)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return Dirty.spoil(grad, *ctx.saved_tensors), None
+
+        @staticmethod
+        def spoil(values, ends):
+            rows = torch.arange(values.shape[0], device=values.device)
+            assert (rows >= ends[-1]).any(), "nothing to test"
+            return values.masked_fill((rows >= ends[-1])[:, None], torch.nan)
+
+    original = experts_module.grouped_linear
+    monkeypatch.setattr(experts_module, "grouped_linear", lambda x, weight, ends: Dirty.apply(
+        original(Dirty.apply(x, ends), weight, ends), ends))
+    dirty = measured(layer, x_TD, grad_TD)
+    assert torch.equal(dirty.out_TD, clean.out_TD)
+    for name in NAMES:
+        assert torch.equal(dirty.gradients[name], clean.gradients[name]), name
+
+
+@pytest.mark.parametrize("admit", ["exact", "capacity", "rounded"])
+def test_the_kernels_take_what_the_layer_admits(admit, device):
+    """The kernels' seam, in the interpreter where there is no GPU."""
+    options = {"exact": {}, "capacity": {"capacity_factor": 0.75},
+               "rounded": {"token_rounding": "nearest", "tile_size": 16, "rounding_least_tiles": 0.0,
+                           "score_scale": 1.5}}[admit]
+    layer, x_TD = small(device, **options)
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    results = []
+    for backend, kind in (("grouped", torch.float32), ("kernels", dtype)):
+        x = x_TD.clone().requires_grad_()
+        choice = layer.gate(x)
+        admitted, _ = layer._admit(choice, count_rows(choice.expert_ids_TK, 8))
+        weights = [p.detach().to(kind).requires_grad_() for p in layer.experts.parameters()]
+        out_TD = compute_experts(x.to(kind), *weights, admitted, backend).float()
+        grad_TD = torch.randn(out_TD.shape, generator=torch.Generator(device).manual_seed(5), device=device)
+        grads = torch.autograd.grad(out_TD, [x, layer.gate.weight, *weights], grad_TD)
+        results.append(Result(out_TD.detach(), dict(zip(NAMES, grads, strict=True))))
+    assert_close(results[1], results[0], BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32), (1, 32), (3, 5, 32)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0}, {"backend": "loop"}, {"shared_ffn_dim": 16},
+                                     {"token_rounding": "up", "tile_size": 2}], ids=str)
+def test_any_number_of_tokens(shape, options, device):
+    layer, _ = small(device, **options)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that rounding is off for few rows
+        output, aux_loss = layer(x, return_aux_loss=True)
+    assert output.shape == x.shape
+    (output.sum() + aux_loss).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    assert len(layer.stats().rows_per_expert) == 8
+
+
+def test_a_shared_expert_is_added(device):
+    layer, x_TD = small(device, shared_ffn_dim=16)
+    shared, layer.shared_experts = layer.shared_experts, None
+    routed_TD = layer(x_TD)
+    layer.shared_experts = shared
+    gate, up = x_TD @ shared.gate_proj.weight.T, x_TD @ shared.up_proj.weight.T
+    wanted_TD = routed_TD + (torch.nn.functional.silu(gate) * up) @ shared.down_proj.weight.T
+    assert relative_error(layer(x_TD), wanted_TD.double()) < 1e-5
+
+
+def test_autocast_routes_in_float32_and_computes_in_its_dtype(device):
+    layer, x_TD = small(device)
+    ids_TK = layer.gate(x_TD).expert_ids_TK
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        choice, out_TD = layer.gate(x_TD), layer(x_TD)
+    assert choice.logits_TE.dtype == torch.float32
+    assert torch.equal(choice.expert_ids_TK, ids_TK)
+    assert out_TD.dtype == torch.bfloat16
+    assert 1e-4 < relative_error(out_TD, layer(x_TD).double()) < 3e-2
+
+
+def test_two_runs_agree_bit_for_bit(device):
+    layer, x_TD = small(device, T=200, token_rounding="nearest", tile_size=8)
+    first, second = (measured(layer, x_TD, x_TD) for _ in range(2))
+    assert torch.equal(first.out_TD, second.out_TD)
+    assert all(torch.equal(first.gradients[name], second.gradients[name]) for name in NAMES)
+
+
+def test_a_copy_and_a_state_dict_give_the_same_layer(device):
+    layer, x_TD = small(device, bias_update_rate=0.1)
+    other, _ = small(device, bias_update_rate=0.1)
+    torch.nn.init.normal_(other.gate.weight)
+    assert set(layer.state_dict()) == {"gate.weight", "gate.e_score_correction_bias", "experts.gate_up_proj",
+                                       "experts.down_proj"}
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x_TD), layer(x_TD))
+    assert torch.equal(copy.deepcopy(layer)(x_TD), layer(x_TD))
+
+
+# ---- backends ------------------------------------------------------------------------------------
+
+def test_the_backend_says_what_runs_and_why():
+    assert OptimizedMoELayer(32, 24, 8, 2, device="cpu").backend == (
+        "grouped", "the kernels need a GPU; torch.nn.functional.grouped_mm")
+    assert OptimizedMoELayer(32, 24, 8, 2, device="cpu", use_io_overlap=False).backend == (
+        "grouped", "use_io_overlap is off; torch.nn.functional.grouped_mm")
+    name, reason = OptimizedMoELayer(30, 24, 8, 2, device="cpu").backend
+    assert name == "grouped"
+    assert "one product an expert" in reason
+    assert "D=30" in reason
+    assert OptimizedMoELayer(32, 24, 8, 2, device="cpu", backend="loop").backend.name == "loop"
+
+
+def test_a_backend_that_does_not_run_here_raises():
+    with pytest.raises(Unsupported, match="backend='kernels'"):
+        OptimizedMoELayer(32, 24, 8, 2, device="cpu", backend="kernels").backend  # noqa: B018
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_run_unless_told_otherwise():
+    made = {"device": "cuda", "dtype": torch.bfloat16}
+    assert OptimizedMoELayer(32, 24, 8, 2, **made).backend.name == "kernels"
+    assert OptimizedMoELayer(32, 24, 8, 2, use_io_overlap=False, **made).backend.name == "grouped"
+    assert OptimizedMoELayer(32, 24, 8, 2, device="cuda", dtype=torch.float32).backend.name == "grouped"
+    with pytest.raises(Unsupported, match="multiples of 8"):
+        OptimizedMoELayer(30, 24, 8, 2, backend="kernels", **made)(torch.zeros(1, 30, **made))
+
+
+# ---- router --------------------------------------------------------------------------------------
+
+def test_grouped_top_k_stays_in_the_best_groups():
+    router = Router(16, 12, 3, "sigmoid", num_groups=4, top_groups=2)
+    choice = router(torch.randn(50, 16))
+    for probs_E, ids_K in zip(choice.probs_TE, choice.expert_ids_TK, strict=True):
+        merit_G = [sum(sorted(probs_E[3 * g: 3 * g + 3].tolist())[-2:]) for g in range(4)]
+        best = sorted(range(4), key=lambda g: -merit_G[g])[:2]
+        allowed = sorted((3 * g + i for g in best for i in range(3)), key=lambda e: -probs_E[e])
+        assert set(ids_K.tolist()) == set(allowed[:3])
+
+
+def test_the_bias_moves_the_choice_and_not_the_scores():
+    router = Router(16, 8, 2, renormalize=False, with_bias=True)
+    x_TD = torch.randn(20, 16)
+    router.e_score_correction_bias[5] = 10.0
+    choice = router(x_TD)
+    assert (choice.expert_ids_TK[:, 0] == 5).all()
+    assert torch.equal(choice.scores_TK, choice.probs_TE.gather(1, choice.expert_ids_TK))
+
+
+def test_noise_is_for_training_only():
+    router, x_TD = Router(16, 8, 2, noise_std=5.0), torch.randn(40, 16)
+    plain = Router(16, 8, 2)
+    plain.load_state_dict(router.state_dict())
+    assert not torch.equal(router(x_TD).probs_TE, plain(x_TD).probs_TE)
+    assert torch.equal(router.eval()(x_TD).probs_TE, plain(x_TD).probs_TE)
+
+
+def test_logits_of_low_precision_tokens_are_float32(device):
+    router = Router(64, 8, 2, device=device, dtype=torch.bfloat16)
+    x_TD = torch.randn(40, 64, device=device).bfloat16()
+    logits_TE = router(x_TD).logits_TE
+    assert relative_error(logits_TE, x_TD.double() @ router.weight.double().T) < 1e-5
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("E", "K"), [(4, 1), (8, 2), (6, 6)])
+def test_the_balance_loss_is_one_at_balance_and_e_at_collapse(E, K):
+    T = 4 * E
+    ids_TK = (torch.arange(T)[:, None] + torch.arange(K)) % E
+    assert balance_loss(torch.full((T, E), 1 / E), count_rows(ids_TK, E)) == pytest.approx(1.0)
+    sigmoids_TE = torch.full((T, E), 0.7)  # each token's are divided by their sum
+    assert balance_loss(sigmoids_TE, count_rows(ids_TK, E)) == pytest.approx(1.0)
+    if K == 1:
+        collapsed_TE = torch.zeros(T, E)
+        collapsed_TE[:, 0] = 1
+        assert balance_loss(collapsed_TE, count_rows(torch.zeros(T, 1, dtype=torch.long), E)) == pytest.approx(E)
+
+
+def test_the_balance_loss_turns_the_router_to_idle_experts():
+    logits_TE = torch.randn(64, 4)
+    logits_TE[:, 0] += 2
+    logits_TE.requires_grad_()
+    probs_TE = logits_TE.softmax(dim=1)
+    balance_loss(probs_TE, count_rows(probs_TE.topk(1).indices, 4)).backward()
+    assert logits_TE.grad.sum(dim=0)[0] > 0
+    assert (logits_TE.grad.sum(dim=0)[1:] < 0).all()
+
+
+def test_the_z_loss_is_the_mean_squared_logsumexp():
+    logits_TE = torch.randn(10, 6, dtype=torch.float64)
+    wanted = sum(math.log(sum(math.exp(v) for v in row)) ** 2 for row in logits_TE.tolist()) / 10
+    assert z_loss(logits_TE).item() == pytest.approx(wanted)
+
+
+def test_aux_loss_is_the_weighted_sum(device):
+    layer, x_TD = small(device, load_balance_weight=0.5, z_loss_weight=0.25)
+    choice = layer.gate(x_TD)
+    wanted = 0.5 * balance_loss(choice.probs_TE, count_rows(choice.expert_ids_TK, 8)) + 0.25 * z_loss(choice.logits_TE)
+    assert layer(x_TD, return_aux_loss=True)[1].item() == pytest.approx(wanted.item())
+    without, _ = small(device, load_balance_weight=0.0)
+    assert without(x_TD, return_aux_loss=True)[1] == 0
+
+
+def test_moving_the_bias_evens_out_the_load(device):
+    layer, x_TD = small(device, T=512, bias_update_rate=0.01, scoring="sigmoid")
+    with torch.no_grad():
+        x_TD += 0.4 * layer.gate.weight[0] / layer.gate.weight[0].norm() * 32**0.5  # expert 0 is everybody's
+    layer(x_TD)
+    before = layer.stats()
+    for _ in range(100):
+        layer(x_TD)
+        layer.update_bias()
+    layer(x_TD)
+    after = layer.stats()
+    assert before.gini > 0.2
+    assert after.gini < before.gini / 3
+    bias_E = torch.zeros(3)
+    move_bias(bias_E, torch.tensor([9, 3, 0]), 0.5)
+    assert bias_E.tolist() == [-0.5, 0.5, 0.5]
+
+
+# ---- capacity ------------------------------------------------------------------------------------
+
+def test_capacity_keeps_the_best_by_score():
+    generator = torch.Generator().manual_seed(0)
+    T, E, K, factor = 40, 6, 2, 0.8
+    ids_TK = torch.rand(T, E, generator=generator).topk(K).indices
+    scores_TK = torch.randint(0, 8, (T, K), generator=generator) / 8  # with ties, which go to the lower token
+    kept_TK = drop_over_capacity(scores_TK, ids_TK, E, factor) != E
+    capacity = math.ceil(factor * T * K / E)
+    for e in range(E):
+        slots = [(-scores_TK[t, k].item(), t, k) for t, k in (ids_TK == e).nonzero().tolist()]
+        assert {(t, k) for _, t, k in sorted(slots)[:capacity]} == {
+            (t, k) for _, t, k in slots if kept_TK[t, k]}
+
+
+def test_what_is_dropped_passes_as_zero_and_is_counted(device):
+    layer, x_TD = small(device, capacity_factor=0.25, top_k=1) if False else small(device, capacity_factor=0.25)
+    out_TD = layer(x_TD)
+    kept_TK = drop_over_capacity(*layer.gate(x_TD)[2:], 8, 0.25) != 8
+    lost_T = ~kept_TK.any(dim=1)
+    assert lost_T.any()
+    assert (out_TD[lost_T] == 0).all()
+    assert (out_TD[~lost_T] != 0).any(dim=1).all()
+    stats = layer.stats()
+    assert stats.dropped == int((~kept_TK).sum())
+    assert sum(stats.rows_per_expert) == 96
+
+
+def test_capacity_does_not_depend_on_the_order_of_tokens(device):
+    layer, x_TD = small(device, capacity_factor=0.5)
+    order = torch.randperm(48, device=device)
+    assert relative_error(layer(x_TD[order]), layer(x_TD)[order].double()) < 1e-6
+
+
+def test_evaluation_drops_nothing_unless_asked(device):
+    layer, x_TD = small(device, capacity_factor=0.25)
+    layer.eval()(x_TD)
+    assert layer.stats().dropped == 0
+    layer.eval_capacity_factor = 0.25
+    layer(x_TD)
+    assert layer.stats().dropped > 0
+
+
+def test_an_adaptive_capacity_follows_the_load(device):
+    layer, x_TD = small(device, T=256, capacity_factor=1.25, adaptive_capacity=True)
+    even = layer._adapt_factor(torch.full((8,), 64, device=device))
+    for _ in range(60):
+        even = layer._adapt_factor(torch.full((8,), 64, device=device))
+    assert even.item() == pytest.approx(1.0, abs=0.01)
+    for _ in range(60):
+        skewed = layer._adapt_factor(torch.tensor([512] + [0] * 7, device=device))
+    assert skewed.item() == pytest.approx(2.5), "twice capacity_factor is the most"
+    layer(x_TD)
+    assert layer.stats().dropped == 0
+
+
+# ---- token rounding ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["nearest", "up", "down", "balance", "exact"])
+@pytest.mark.parametrize(("T", "E", "K", "unit"), [(70, 8, 2, 8), (33, 5, 3, 4), (20, 4, 1, 3), (64, 8, 2, 16)])
+def test_rounding_on_the_cpu_equals_the_kernels(mode, T, E, K, unit, device):
+    generator = torch.Generator().manual_seed(T)
+    probs_TE = (torch.randint(0, 40, (T, E), generator=generator) / 40).softmax(dim=1)  # with ties
+    ids_TK = probs_TE.topk(K).indices
+    ids_TK[0, 0] = E  # a slot that a capacity dropped
+    plan = plan_rounding(MoEConfig("case", D=8, F=8, E=E, K=K), T, unit, mode, least_tiles=0.0)
+    found = round_on_cpu(probs_TE, ids_TK, plan)
+    wanted = round_tokens(probs_TE.to(device), ids_TK.to(device), plan)
+    used = int(found.offsets_E1[-1])
+    for name in found._fields:
+        got, ref = getattr(found, name), getattr(wanted, name).cpu()
+        if name.endswith("_C"):
+            got, ref = got[:used], ref[:used]
+        torch.testing.assert_close(got, ref, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "up", "down", "balance"])
+@pytest.mark.parametrize("options", [{}, {"scoring": "sigmoid", "score_scale": 2.0}, {"renormalize": False},
+                                     {"gradient_checkpointing": True}, {"capacity_factor": 1.0}], ids=str)
+def test_rounded_layers_equal_the_definition(mode, options, device):
+    layer, x_TD = small(device, T=96, token_rounding=mode, tile_size=8, **options)
+    grad_TD = torch.randn_like(x_TD)
+    choice = layer.gate(x_TD)
+    admitted, rows_E = layer._admit(choice, count_rows(choice.expert_ids_TK, 8))
+    assert not (rows_E % 8).any()
+    kept_TE = dense_scores(admitted.rounded, admitted.plan) > 0
+    assert_close(measured(layer, x_TD, grad_TD), expected(layer, x_TD, grad_TD, kept_TE), 2e-5)
+
+
+def test_rounding_is_for_training_only(device):
+    layer, x_TD = small(device, T=96, token_rounding="nearest", tile_size=8)
+    layer(x_TD)
+    stats = layer.stats()
+    assert stats.dropped + stats.added > 0
+    assert stats.padded == 0
+    exact, _ = small(device)
+    assert torch.equal(layer.eval()(x_TD), exact(x_TD))
+    assert layer.stats().padded > 0
+
+
+def test_too_few_rows_turn_rounding_off_and_say_so(device):
+    layer, x_TD = small(device, token_rounding="nearest")
+    with pytest.warns(UserWarning, match="tile rounding is off"):
+        layer(x_TD)
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+def test_measures_of_evenness():
+    rows_E = torch.tensor([6, 2, 0, 4])
+    pairs = sum(abs(a - b) for a in rows_E.tolist() for b in rows_E.tolist())
+    assert gini(rows_E).item() == pytest.approx(pairs / 16 / (2 * 3))
+    entropy, _, spread, peak = evenness(rows_E).tolist()
+    assert entropy == pytest.approx(-sum(n / 12 * math.log(n / 12) for n in (6, 2, 4)))
+    assert spread == pytest.approx(math.sqrt(sum((n - 3) ** 2 for n in (6, 2, 0, 4)) / 4) / 3)
+    assert peak == 2
+    assert evenness(torch.full((4,), 3)).tolist() == pytest.approx([math.log(4), 0, 0, 1])
+    assert evenness(torch.zeros(4)).tolist() == [0, 0, 0, 0]
+
+
+def test_running_statistics_cover_training_forwards_only(device):
+    layer, x_TD = small(device, capacity_factor=0.5)
+    singles = []
+    for i in range(70):  # more than one batch of the recorder's
+        layer(x_TD[: 40 + i % 3])
+        singles.append(layer.stats())
+    layer.eval()(x_TD)
+    running = layer.stats(running=True)
+    assert running.forwards == 70
+    assert running.rows_per_expert == tuple(map(sum, zip(*(one.rows_per_expert for one in singles), strict=True)))
+    assert running.dropped == sum(one.dropped for one in singles)
+    assert running.gini == pytest.approx(sum(one.gini for one in singles) / 70)
+    layer.reset_stats()
+    with pytest.raises(RuntimeError, match="nothing to tell"):
+        layer.stats(running=True)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+MEMORY_OPTIONS = [{}, {"backend": "loop"}, {"gradient_checkpointing": True}, {"capacity_factor": 1.25},
+                  {"token_rounding": "nearest", "tile_size": 16}, {"shared_ffn_dim": 48}, {"scoring": "sigmoid"}]
+
+
+@pytest.mark.parametrize("options", MEMORY_OPTIONS, ids=str)
+def test_activation_bytes_are_what_autograd_keeps(options):
+    torch.manual_seed(0)
+    layer = OptimizedMoELayer(64, 48, 16, 4, **{"capacity_factor": None, **options})
+    x_TD = torch.randn(512, 64, requires_grad=True)
+    kept = measure_kept_bytes(lambda: layer(x_TD), x_TD, list(layer.parameters()))
+    assert layer.activation_bytes(512) == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [*MEMORY_OPTIONS, {"backend": "grouped"}], ids=str)
+def test_activation_bytes_are_what_the_allocator_says(options, device):
+    layer = OptimizedMoELayer(512, 256, 32, 4, **{"capacity_factor": None, **options}, device=device,
+                              dtype=torch.bfloat16)
+    x_TD = torch.randn(4096, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
+    layer(x_TD)  # what is made once, at a first call, is not the forward's
+    torch.cuda.synchronize()
+    layer.reset_stats()
+    kept = measure_kept_bytes(lambda: layer(x_TD), x_TD, list(layer.parameters()))
+    assert layer.activation_bytes(4096) == pytest.approx(kept, rel=0.03)
+
+
+# ---- presets and inference -----------------------------------------------------------------------
+
+def test_presets(device):
+    training = OptimizedMoELayer.for_training(32, 24, 8, 2, tile_size=8).to(device)
+    assert training.training
+    assert (training.token_rounding, training.capacity_factor) == ("nearest", None)
+    inference = OptimizedMoELayer.for_inference(32, 24, 8, 2).to(device)
+    assert not inference.training
+    assert not any(p.requires_grad for p in inference.parameters())
+    inference.load_state_dict(training.state_dict())
+    x_TD = torch.randn(30, 32, device=device)
+    assert relative_error(inference(x_TD), training.eval()(x_TD).double()) < 1e-5
+    with pytest.raises(RuntimeError, match="collect_stats"):
+        inference.stats()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"collect_stats": True}, {"scoring": "sigmoid"}, {"shared_ffn_dim": 64},
+                                     {"backend": "grouped"}], ids=str)
+@pytest.mark.parametrize("T", [1, 64, 3000])
+def test_graphed_inference_answers_other_tokens_and_weights(T, options, device):
+    made = {"device": device, "dtype": torch.bfloat16}
+    layer = OptimizedMoELayer.for_inference(256, 128, 16, 4, **options, **made)
+    plain = copy.deepcopy(layer)
+    plain.cuda_graph = False
+    for seed in range(3):
+        x_TD = torch.randn(T, 256, generator=torch.Generator(device).manual_seed(seed), **made)
+        if seed == 2:
+            for one in (layer, plain):
+                with torch.no_grad():
+                    one.experts.gate_up_proj.mul_(-1)
+        expected_TD = plain(x_TD).double()
+        assert relative_error(layer(x_TD), expected_TD) < 2e-2
+        assert relative_error(layer(x_TD.view(1, T, 256)).view(T, 256), expected_TD) < 2e-2
+
+
+@pytest.mark.gpu
+def test_graphed_inference_keeps_its_buffer(device):
+    made = {"device": device, "dtype": torch.bfloat16}
+    layer = OptimizedMoELayer.for_inference(256, 128, 16, 4, **made)
+    first, second = (layer(torch.randn(64, 256, **made)) for _ in range(2))
+    assert first.data_ptr() == second.data_ptr()
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({"hidden_dim": 0}, "hidden_dim=0"), ({"ffn_dim": 2.5}, "ffn_dim=2.5"), ({"top_k": 9}, "top_k=9"),
+    ({"tile_size": 0}, "tile_size=0"), ({"capacity_factor": 0.0}, "capacity_factor=0.0"),
+    ({"capacity_factor": -1.0}, "capacity_factor=-1.0"), ({"eval_capacity_factor": 0.0}, "eval_capacity_factor"),
+    ({"capacity_factor": float("nan")}, "capacity_factor=nan"), ({"token_rounding": "floor"}, "token_rounding='floor'"),
+    ({"token_rounding": "exact"}, "token_rounding='exact'"), ({"load_balance_weight": -0.1}, "load_balance_weight"),
+    ({"z_loss_weight": -1.0}, "z_loss_weight"), ({"bias_update_rate": -1.0}, "bias_update_rate"),
+    ({"scoring": "tanh"}, "scoring='tanh'"), ({"temperature": 0.0}, "temperature=0.0"),
+    ({"noise_std": -1.0}, "noise_std"), ({"num_groups": 3}, "num_groups=3"),
+    ({"num_groups": 4, "top_groups": 5}, "top_groups=5"), ({"num_groups": 8, "top_groups": 4}, "num_groups=8"),
+    ({"num_groups": 4, "top_groups": 1, "top_k": 3}, "top_k=3"), ({"shared_ffn_dim": -1}, "shared_ffn_dim"),
+    ({"backend": "cublas"}, "backend='cublas'"), ({"backend": "loop", "token_rounding": "up"}, "token_rounding"),
+    ({"capacity_factor": None, "adaptive_capacity": True}, "adaptive_capacity"),
+])
+def test_what_cannot_be_is_refused_by_name(options, named):
+    with pytest.raises(ValueError, match=named):
+        OptimizedMoELayer(**{"hidden_dim": 32, "ffn_dim": 24, "num_experts": 8, "top_k": 2, **options})
+
+
+def test_wrong_tokens_are_refused(device):
+    layer, x_TD = small(device)
+    with pytest.raises(ValueError, match=r"x has shape \(48, 31\)"):
+        layer(x_TD[:, :31])
+    with pytest.raises(ValueError, match="x has shape"):
+        layer(x_TD[0])
+    with pytest.raises(ValueError, match="x is bfloat16, the layer float32"):
+        layer(x_TD.bfloat16())
+    with pytest.raises(ValueError, match="x is on meta"):
+        layer(x_TD.to("meta"))
+    with pytest.raises(RuntimeError, match="run a forward first"):
+        layer.stats()
+    with pytest.raises(ValueError, match="T=-1"):
+        layer.activation_bytes(-1)
+
+
+# ---- a training ----------------------------------------------------------------------------------
+
+def test_the_byte_lm_learns_and_repeats():
+    run, again = (train(moe_factory(SMALL), SMALL, steps=20, device="cpu", progress=None) for _ in range(2))
+    assert run.losses == again.losses
+    assert run.losses[0] == pytest.approx(math.log(256), rel=0.15)
+    assert run.evaluation_loss < 0.8 * run.losses[0]
+    assert torch.tensor(run.rows).shape == (20, SMALL.L, SMALL.E)
+    assert torch.tensor(run.rows).sum(dim=2).eq(SMALL.T * SMALL.K).all()
+    with pytest.raises(ValueError, match="steps=0"):
+        train(moe_factory(SMALL), steps=0)
+
+
+def test_backends_train_alike():
+    runs = [train(moe_factory(SMALL, capacity_factor=None, backend=backend), SMALL, steps=5, device="cpu",
+                  progress=None) for backend in ("grouped", "loop")]
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-4)
+
+
+def test_every_backend_is_tested():
+    assert set(BACKENDS) == {"loop", "grouped", "kernels"}
+    assert why_not_kernels(torch.device("cpu"), torch.float16, 32, 24, 8) == "the kernels need a GPU"
