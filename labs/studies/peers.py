@@ -60,7 +60,7 @@ LIBRARIES = (
     Library("ScatterMoE", "pip install git+https://github.com/shawntan/scattermoe", "yynynnnny",
             "scattered to scattered GEMMs, an API of one function to build layers from (arXiv 2403.08245)",
             "github.com/shawntan/scattermoe"),
-    Library("SonicMoE", "pip install git+https://github.com/Dao-AILab/sonic-moe (CUDA 12.9, Python 3.12, Hopper on)",
+    Library("SonicMoE", "pip install sonic-moe (CUDA 12.9 on, Python 3.12, Hopper on)",
             "yyyyyyppn", "the smallest set of tensors kept for backward (arXiv 2512.14080)",
             "github.com/Dao-AILab/sonic-moe"),
     Library("DeepGEMM", "git clone --recursive github.com/deepseek-ai/DeepGEMM, then its install.sh (Hopper on)",
