@@ -28,7 +28,7 @@ from common.config import MoEConfig, dtype_name
 from common.model import Weights
 from labs.kernels.rounding import LEAST_TILES, MODES, Plan, plan_rounding
 from labs.moe_layer.admission import Admitted, drop_over_capacity, round_choice
-from labs.moe_layer.experts import BACKENDS, Backend, Experts, choose_backend
+from labs.moe_layer.experts import BACKENDS, Backend, Experts, autocast_dtype, choose_backend
 from labs.moe_layer.inference import GraphedForward, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
 from labs.moe_layer.memory import predict_kept_bytes
@@ -180,9 +180,7 @@ class OptimizedMoELayer(nn.Module):
         """(name, reason): the path that a forward takes on the device and in the dtype that the weights have now.
         Raises Unsupported if a backend was asked for by name that does not run here."""
         weight = self.experts.down_proj
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
+        dtype = autocast_dtype(weight.device) or weight.dtype
         return choose_backend(self.wanted_backend, self.use_io_overlap, weight.device, dtype, self.hidden_dim,
                               self.ffn_dim, self.num_experts)
 
@@ -201,7 +199,7 @@ class OptimizedMoELayer(nn.Module):
         """out_TD, what the router said, and rows chosen an expert, (E,)."""
         choice = self.gate(x_TD)
         chosen_E = count_rows(choice.expert_ids_TK, self.num_experts)
-        admitted, computed_E = self._admit(choice, chosen_E)
+        admitted, computed_E = self.admit(choice, chosen_E)
         out_TD = self.experts(x_TD, admitted, self.backend.name, self.gradient_checkpointing)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
@@ -242,11 +240,11 @@ class OptimizedMoELayer(nn.Module):
         weight = self.experts.down_proj
         if x.device != weight.device:
             raise ValueError(f"x is on {x.device}, the layer on {weight.device}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
             raise ValueError(f"x is {dtype_name(x.dtype)}, the layer {dtype_name(weight.dtype)}: convert one, or use "
                              "torch.autocast")
 
-    def _admit(self, choice: Choice, chosen_E: torch.Tensor) -> tuple[Admitted, torch.Tensor]:
+    def admit(self, choice: Choice, chosen_E: torch.Tensor) -> tuple[Admitted, torch.Tensor]:
         """The rows to compute, and how many each expert gets, (E,) int64."""
         T, ids_TK, computed_E = choice.expert_ids_TK.shape[0], choice.expert_ids_TK, chosen_E
         factor = self.capacity_factor if self.training else self.eval_capacity_factor

@@ -224,7 +224,7 @@ def test_the_kernels_take_what_the_layer_admits(admit, device):
     for backend, kind in (("grouped", torch.float32), ("kernels", dtype)):
         x = x_TD.clone().requires_grad_()
         choice = layer.gate(x)
-        admitted, _ = layer._admit(choice, count_rows(choice.expert_ids_TK, 8))
+        admitted, _ = layer.admit(choice, count_rows(choice.expert_ids_TK, 8))
         weights = [p.detach().to(kind).requires_grad_() for p in layer.experts.parameters()]
         out_TD = compute_experts(x.to(kind), *weights, admitted, backend).float()
         grad_TD = torch.randn(out_TD.shape, generator=torch.Generator(device).manual_seed(5), device=device)
@@ -493,7 +493,7 @@ def test_rounded_layers_equal_the_definition(mode, options, device):
     layer, x_TD = small(device, T=96, token_rounding=mode, tile_size=8, **options)
     grad_TD = torch.randn_like(x_TD)
     choice = layer.gate(x_TD)
-    admitted, rows_E = layer._admit(choice, count_rows(choice.expert_ids_TK, 8))
+    admitted, rows_E = layer.admit(choice, count_rows(choice.expert_ids_TK, 8))
     assert not (rows_E % 8).any()
     kept_TE = dense_scores(admitted.rounded, admitted.plan) > 0
     assert_close(measured(layer, x_TD, grad_TD), expected(layer, x_TD, grad_TD, kept_TE), 2e-5)

@@ -276,17 +276,23 @@ def choose_backend(wanted: str, use_io_overlap: bool, device: torch.device, dtyp
     return Backend("grouped", f"{missing if use_io_overlap else 'use_io_overlap is off'}; {how}")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast wants on this device; None where it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def compute_experts(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, admitted: Admitted,
                     backend: str, recompute: bool = False) -> torch.Tensor:
     """(T, D) -> (T, D) by BACKENDS[backend]. `recompute` keeps x, scores and ids for backward and computes the rest
     again. Under autocast x and weights are cast to its dtype."""
-    device = x_TD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = autocast_dtype(x_TD.device)
 
     def run(x_TD, gate_up_E2FD, down_EDF, admitted):
         if dtype is not None:
             x_TD, gate_up_E2FD, down_EDF = (tensor.to(dtype) for tensor in (x_TD, gate_up_E2FD, down_EDF))
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x_TD.device.type, enabled=False):
             return BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, admitted)
 
     if recompute and torch.is_grad_enabled():

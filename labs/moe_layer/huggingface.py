@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from labs.moe_layer.admission import Admitted
-from labs.moe_layer.experts import choose_backend, compute_experts
+from labs.moe_layer.experts import autocast_dtype, choose_backend, compute_experts
 
 if TYPE_CHECKING:
     from labs.full_moe import OptimizedMoELayer
@@ -151,7 +151,7 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
     check_silu(self)
     E, D, F = self.down_proj.shape
     device = hidden_states.device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_states.dtype
+    dtype = autocast_dtype(device) or hidden_states.dtype
     backend = choose_backend("auto", True, device, dtype, D, F, E)
     scores_TK = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
     # Under expert parallelism ids of E and more stand for experts of other ranks.
