@@ -77,10 +77,8 @@ def steps_of(mode: str, tile: int) -> list[Step]:
 def default_tokens(cfg: MoEConfig, tile: int) -> int:
     """The largest of the preset's token counts, or more, so that an expert has LEAST_TILES tiles on average."""
     T = max(DEFAULT_TOKENS[cfg.name])
-    least_rows = LEAST_TILES * tile * cfg.E
-    while T * cfg.K < least_rows:
-        T *= 2
-    return T
+    least = -(-LEAST_TILES * tile * cfg.E // cfg.K)
+    return max(T, 2 ** (least - 1).bit_length())
 
 
 class Subject:
@@ -174,7 +172,7 @@ def measure(options: Options) -> dict:
             else:
                 row["errors"] = check_inference(subject, batches, workload)
         except Unsupported as missing:
-            row |= {"status": "unsupported", "reason": str(missing)}
+            row |= {"status": "unsupported", "reason": str(missing).partition(": ")[2].partition(";")[0]}
             continue
         except torch.OutOfMemoryError:
             row |= {"status": "out of memory", "reason": "out of memory"}
@@ -243,7 +241,7 @@ def table(figures: dict) -> list[Table | str]:
     for row in figures["rows"]:
         ms = main_ms(row, mode)
         if ms is None:
-            rows.append([row["name"], f"n/a ({row['reason'].partition(';')[0]})", *[""] * (len(headings) - 2)])
+            rows.append([row["name"], f"n/a: {row['reason']}", *[""] * (len(headings) - 2)])
             continue
         cells = [row["name"] if row["cumulative"] else f"({row['name']})", number(row["forward_ms"]["p50"])]
         cells += [number(row["step_ms"]["p50"])] if training else []
@@ -293,7 +291,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
         for offset, (key, label, color) in enumerate(times):
             y = place + (offset - (len(times) - 1) / 2) * height
             if key not in row:
-                axes[0].text(0, y, f" n/a: {row['reason'].partition(';')[0]}", va="center", fontsize=13)
+                axes[0].text(0, y, f" n/a: {row['reason']}", va="center", fontsize=13)
                 continue
             spread = row[key]
             axes[0].barh(y, spread["p50"], height, color=color, alpha=1.0 if row["cumulative"] else 0.5,
