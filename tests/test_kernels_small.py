@@ -267,7 +267,7 @@ def test_every_tiling_fits_in_shared_memory(D, F, E, rows_per_expert):
     tiles = decode.tiles_for(rows_per_expert * E, D, F, E, 132)
     assert tiles.row_tile <= 128
     down = tiles.down
-    assert (down.strip + tiles.row_tile) * down.depth * 2 * down.stages <= routing.SHARED_BYTES
+    assert (down.strip + tiles.row_tile) * down.depth * 2 * down.stages <= launch.SHARED_BYTES
 
 
 # ---- refusals -----------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ FAULTS = (
     Fault("always renormalized", "routing", "return cfg.renormalize or", "return True or"),
     Fault("softmax over all for the chosen", "routing", 'or cfg.scoring == "topk_softmax"', ""),
     Fault("swapped gate and up", "decode", "gate, up = acc", "up, gate = acc"),
-    Fault("every strip is the first", "decode", "strip * BLOCK_F) * 2, start]", "0) * 2, start]"),
+    Fault("every strip is the first", "decode", "strip * BLOCK_F) // 4", "0) // 4"),
     Fault("every row tile is the first", "decode", "within % row_tiles * ROW_TILE", "0"),
     Fault("rows of another token", "decode", "x_ptr + token.to(tl.int64)", "x_ptr + (token * 0).to(tl.int64)"),
     Fault("last row not stored", "decode", "acc, rows, rows < end_row,", "acc, rows, rows < end_row - 1,"),
