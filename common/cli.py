@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 
@@ -13,7 +14,7 @@ from common.show import Screen, error_exit, gate_line, run_table
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
-    """--preset, --shape, --tokens, --routing, --dtype, --rounds, --seed."""
+    """--preset, --shape, --tokens, --routing, --dtype, --rounds, --seed, --autotune."""
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: qwen3-30b-a3b on a GPU, tiny without)")
     parser.add_argument("--shape", metavar="T,D,F,E,K", help="a shape of your own instead of a preset")
     parser.add_argument("--tokens", metavar="T[,T...]", help="token counts (default: the preset's)")
@@ -21,12 +22,17 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)} (default: bfloat16 on a GPU, float32 without)")
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 20, 3 without a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
+    parser.add_argument("--autotune", action=argparse.BooleanOptionalAction,
+                        help="levels that choose kernels: search where nothing is cached, or take the built-in table "
+                             "alone (default: what a search has cached, else the table)")
 
 
 def parse_workloads(args: argparse.Namespace, device: torch.device) -> tuple[list[Workload], int]:
     """The workloads that the arguments ask for, and the rounds. Raises ValueError, naming the argument and
     what would be right."""
     on_gpu = device.type == "cuda"
+    if args.autotune is not None:
+        os.environ["MOE_AUTOTUNE"] = "search" if args.autotune else "off"  # read in labs/kernels/choice.py
     if args.preset and args.shape:
         raise ValueError(f"--preset {args.preset} and --shape {args.shape}: give one of them")
     dtype = parse_dtype(args.dtype or ("bfloat16" if on_gpu else "float32"))

@@ -46,7 +46,7 @@ class Claims:
 class Level:
     """One rung. `changes` names every function, class and constant of the file that differs from the
     level below; all others are its copies, letter for letter. `requires` holds `triton` (a GPU,
-    or a CPU with Triton's interpreter), `cuda`, or an architecture such as `sm_90`.
+    or a CPU with Triton's interpreter), `cuda`, an architecture such as `sm_90`, or `16-bit` (no float32).
 
     `variants`: a row each. `exact` is top-k as it is. `rounded` is token rounding: such a forward has
     `rounding(T)`, a common.rounded.Rounding of the last call with T tokens, or None where it was exact.
@@ -67,10 +67,11 @@ class Level:
             for need in self.requires:
                 if need.startswith("sm_") and capability != divmod(int(need[3:]), 10):
                     raise Unsupported(f"needs {need}")
-            return
-        if set(self.requires) - {"triton"}:
+        elif set(self.requires) - {"triton", "16-bit"}:
             raise Unsupported("needs CUDA")
-        if "triton" in self.requires and dtype == torch.bfloat16:
+        if "16-bit" in self.requires and dtype == torch.float32:
+            raise Unsupported("needs bfloat16 or float16")
+        if device.type != "cuda" and "triton" in self.requires and dtype == torch.bfloat16:
             raise Unsupported("needs CUDA for bfloat16: Triton's interpreter multiplies it wrongly")
 
     def interpreted(self, device: torch.device) -> bool:

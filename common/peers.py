@@ -29,20 +29,22 @@ class NotInstalled(RuntimeError):
 @dataclass(frozen=True)
 class Peer:
     """A library: the module that must import, where it comes from, and its layer as a forward. Tokens whose
-    last chosen and first unchosen logit are closer than `tie_margin` are not held to the oracle's choice."""
+    last chosen and first unchosen logit are closer than `tie_margin` are not held to the oracle's choice.
+    `graph`: its calls can be captured, and are, as the upper levels' are: else its host work would be timed."""
 
     name: str
     module: str
     how_to_get_it: str
     connect: Callable[[Workload, Weights], Forward]
     tie_margin: float = TIE_MARGIN
+    graph: bool = False
 
     kind = "peer"
     is_layer = True
 
     @property
     def adds(self) -> str:
-        return self.module
+        return f"{self.module}, in a CUDA graph" if self.graph else self.module
 
     def build(self, workload: Workload, weights: Weights) -> Forward:
         """The layer. Raises NotInstalled, or Unsupported where the library lacks something."""
@@ -52,7 +54,32 @@ class Peer:
             raise NotInstalled(f"{self.how_to_get_it} ({type(error).__name__}: {error})") from error
         if weights.device.type != "cuda":
             raise Unsupported("needs CUDA")
-        return self.connect(workload, weights)
+        forward = self.connect(workload, weights)
+        return Captured(forward) if self.graph else forward
+
+
+class Captured:
+    """A forward behind one CUDA graph, captured at the first call and good for its shape alone. The output is valid
+    until the next call."""
+
+    def __init__(self, forward: Forward):
+        self.forward = forward
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if self.graph is None:
+            self.x_TD = x_TD.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.forward(self.x_TD)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out_TD = self.forward(self.x_TD)
+        self.x_TD.copy_(x_TD)
+        self.graph.replay()
+        return self.out_TD
 
 
 def eager_router(x_TD: torch.Tensor, weights: Weights, workload: Workload) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,11 +250,11 @@ def connect_deepgemm(workload: Workload, weights: Weights) -> Forward:
 PEERS = (
     Peer("triton_kernels", "triton_kernels.matmul_ogs",
          "put vllm/third_party of a vllm 0.33 wheel on PYTHONPATH, or install it from triton's repository",
-         connect_triton_kernels),
+         connect_triton_kernels, graph=True),
     _transformers("grouped_mm"),
     _transformers("batched_mm"),
     _transformers("eager"),
-    Peer("vLLM fused_moe", "vllm.model_executor.layers.fused_moe", "pip install vllm", connect_vllm),
+    Peer("vLLM fused_moe", "vllm.model_executor.layers.fused_moe", "pip install vllm", connect_vllm, graph=True),
     Peer("ScatterMoE", "scattermoe", "install from github.com/shawntan/scattermoe", connect_scattermoe),
     Peer("SonicMoE", "sonicmoe", "install from github.com/Dao-AILab/sonic-moe (CUDA 12.9, Python 3.12)",
          connect_sonicmoe, tie_margin=ROUNDED_LOGITS),

@@ -138,6 +138,8 @@ def _build_and_gate(subject: _Subject, workload: Workload, batches: list[torch.T
             if device.type == "cuda":
                 torch.cuda.synchronize()
             row.build_s = time.perf_counter() - start
+        if hasattr(forward, "kernels"):  # a level that chooses by GPU and size says what it chose
+            row.reason = f"its kernels: {forward.kernels(workload.T)}"
         row.peak_mib = None if memory.bytes is None else memory.bytes / 2**20
         if subject.is_layer:
             found = _judge(subject, forward, memory.result, batches[0], expected[0], workload)

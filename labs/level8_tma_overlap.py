@@ -51,7 +51,7 @@ LEVEL = Level(
         "shared_memory_bytes", "compile_whole", "GATHERED_BEFORE", "route", "dispatch", "experts",
         "combine", "layer", "layer_rounded", "ChosenReplay", "repack", "build",
     ),
-    requires=("cuda",),
+    requires=("cuda", "16-bit"),
     variants=("exact", "rounded"),
     claims=Claims(host_syncs=0, max_launches=2),
 )

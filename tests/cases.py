@@ -57,6 +57,11 @@ IDS = [f"level{loaded.level.number}" for loaded in LEVELS]
 SMALL_BUDGET = 33 * 2**20
 
 
+def precise_dtype(loaded: Loaded) -> torch.dtype:
+    """float32, or bfloat16 for a level that takes 16 bits only."""
+    return torch.bfloat16 if "16-bit" in loaded.level.requires else torch.float32
+
+
 def build(loaded: Loaded, cfg: MoEConfig, weights: Weights):
     """The level's forward; level 3 with a budget small enough that the shapes above need several chunks."""
     if hasattr(loaded.module, "DEFAULT_BUDGET_BYTES") and cfg.D <= 64:

@@ -9,7 +9,7 @@ from common.config import MoEConfig, Workload
 from common.level import Unsupported
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle
-from tests.cases import CASES, IDS, LEVELS, SMALL_BUDGET, Case, build, check
+from tests.cases import CASES, IDS, LEVELS, SMALL_BUDGET, Case, build, check, precise_dtype
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -33,19 +33,21 @@ def test_equals_the_oracle(loaded, dtype, case, device):
 
 @pytest.mark.parametrize("loaded", LEVELS, ids=IDS)
 def test_no_tokens_give_an_empty_result(loaded, device):
-    supported(loaded, device, torch.float32)
+    dtype = precise_dtype(loaded)
+    supported(loaded, device, dtype)
     cfg = CASES[0].config
-    forward = build(loaded, cfg, make_weights(cfg, torch.float32, device))
-    assert forward(torch.empty(0, cfg.D, device=device)).shape == (0, cfg.D)
+    forward = build(loaded, cfg, make_weights(cfg, dtype, device))
+    assert forward(torch.empty(0, cfg.D, dtype=dtype, device=device)).shape == (0, cfg.D)
 
 
 @pytest.mark.parametrize("loaded", LEVELS, ids=IDS)
 def test_two_runs_agree_bit_for_bit(loaded, device):
-    supported(loaded, device, torch.float32)
+    dtype = precise_dtype(loaded)
+    supported(loaded, device, dtype)
     assert loaded.level.claims.repeatable
     cfg = CASES[0].config
-    weights = make_weights(cfg, torch.float32, device)
-    x_TD = make_inputs(Workload(cfg, 64, torch.float32), weights)
+    weights = make_weights(cfg, dtype, device)
+    x_TD = make_inputs(Workload(cfg, 64, dtype), weights)
     forward = build(loaded, cfg, weights)
     first = forward(x_TD).clone()
     assert torch.equal(first, forward(x_TD))
@@ -54,12 +56,13 @@ def test_two_runs_agree_bit_for_bit(loaded, device):
 @pytest.mark.parametrize("loaded", LEVELS, ids=IDS)
 def test_a_second_batch_routes_anew(loaded, device):
     """The same callable, another batch with other routing and another T: nothing is frozen at first sight."""
-    supported(loaded, device, torch.float32)
+    dtype = precise_dtype(loaded)
+    supported(loaded, device, dtype)
     cfg = MoEConfig("case", D=32, F=16, E=8, K=2)
-    weights = make_weights(cfg, torch.float32, device)
+    weights = make_weights(cfg, dtype, device)
     forward = build(loaded, cfg, weights)
     for T, routing in ((48, "one_hot"), (48, "skewed"), (17, "natural"), (48, "sparse"), (1, "natural")):
-        workload = Workload(cfg, T, torch.float32, routing, seed=T)
+        workload = Workload(cfg, T, dtype, routing, seed=T)
         x_TD = make_inputs(workload, weights)
         found = gate(forward(x_TD), oracle(cfg, weights, x_TD), workload)
         assert found.ok, f"T={T} {routing}: {found.reason}"
