@@ -33,6 +33,7 @@ from labs.moe_layer.inference import GraphedForward, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
 from labs.moe_layer.memory import predict_kept_bytes
 from labs.moe_layer.router import Choice, Router
+from labs.moe_layer.rows import SlotRows
 from labs.moe_layer.statistics import LoadRecorder, LoadStats
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
@@ -71,7 +72,8 @@ class OptimizedMoELayer(nn.Module):
     shared_ffn_dim: width of a shared expert, 0 for none.
     backend: `auto`, or one of `kernels`, `grouped`, `loop` by name.
     cuda_graph: evaluation without gradients runs under a CUDA graph, into buffers allocated once a token count; the
-        output is such a buffer, which the next call of as many tokens overwrites. Nothing changes on a CPU.
+        output is such a buffer, which the next call of as many tokens overwrites. Nothing changes on a CPU, nor where a
+        backend makes the host wait: the loop, and grouped_mm in other dtypes than bfloat16.
     collect_stats: keep what stats() tells. Without, evaluation may take the ladder's own router kernel.
     rounding_least_tiles: mean rows an expert, in tiles, below which token rounding turns itself off.
     balance_group: process group over which loads are summed for the balance loss and update_bias(); None counts this
@@ -198,8 +200,7 @@ class OptimizedMoELayer(nn.Module):
     def _forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Choice, torch.Tensor]:
         """out_TD, what the router said, and rows chosen an expert, (E,)."""
         choice = self.gate(x_TD)
-        chosen_E = count_rows(choice.expert_ids_TK, self.num_experts)
-        admitted, computed_E = self.admit(choice, chosen_E)
+        admitted, chosen_E, computed_E = self.admit(choice)
         out_TD = self.experts(x_TD, admitted, self.backend.name, self.gradient_checkpointing)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
@@ -212,9 +213,11 @@ class OptimizedMoELayer(nn.Module):
     def _graph_applies(self, x_TD: torch.Tensor) -> bool:
         if not self.cuda_graph or self.training or not x_TD.is_cuda or torch.compiler.is_compiling():
             return False
+        backend = self.backend.name
+        capturable = backend == "kernels" or (backend == "grouped" and x_TD.dtype == torch.bfloat16)  # others sync
         needs_grad = x_TD.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        return not ((torch.is_grad_enabled() and needs_grad) or torch.is_autocast_enabled("cuda")
-                    or torch.cuda.is_current_stream_capturing() or self.backend.name == "loop")
+        return capturable and not ((torch.is_grad_enabled() and needs_grad) or torch.is_autocast_enabled("cuda")
+                                   or torch.cuda.is_current_stream_capturing())
 
     def _graphed(self, x_TD: torch.Tensor) -> torch.Tensor:
         if self._graphs is None:
@@ -244,24 +247,28 @@ class OptimizedMoELayer(nn.Module):
             raise ValueError(f"x is {dtype_name(x.dtype)}, the layer {dtype_name(weight.dtype)}: convert one, or use "
                              "torch.autocast")
 
-    def admit(self, choice: Choice, chosen_E: torch.Tensor) -> tuple[Admitted, torch.Tensor]:
-        """The rows to compute, and how many each expert gets, (E,) int64."""
-        T, ids_TK, computed_E = choice.expert_ids_TK.shape[0], choice.expert_ids_TK, chosen_E
+    def admit(self, choice: Choice) -> tuple[Admitted, torch.Tensor, torch.Tensor]:
+        """The rows to compute, and how many each expert was chosen for and gets, (E,) int64."""
+        (T, _), E = choice.expert_ids_TK.shape, self.num_experts
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        plan = self._plan(T) if self.training and self.token_rounding is not None and T else None
+        rounds = plan is not None and plan.mode != "exact"
+        ids_TK, chosen_E = choice.expert_ids_TK, None
         if factor is not None and T:
+            chosen_E = count_rows(ids_TK, E)
             if self.training and self.adaptive_capacity:
                 factor = self._adapt_factor(chosen_E)
-            ids_TK = drop_over_capacity(choice.scores_TK, ids_TK, self.num_experts, factor)
-            computed_E = count_rows(ids_TK, self.num_experts)
-        admitted = Admitted(choice.scores_TK, ids_TK, may_drop=factor is not None)
-        if self.training and self.token_rounding is not None and T:
-            plan = self._plan(T)
-            if plan.mode != "exact":
-                rounded = round_choice(choice.probs_TE, ids_TK, plan)
-                computed_E = rounded.offsets_E1.diff().long()
-                admitted = admitted._replace(rounded=rounded, plan=plan, probs_TE=choice.probs_TE,
-                                             score_scale=self.gate.score_scale)
-        return admitted, computed_E
+            ids_TK = drop_over_capacity(choice.scores_TK, ids_TK, E, factor)
+        if rounds:
+            rounded = round_choice(choice.probs_TE, ids_TK, plan)
+            computed_E, chosen_E = rounded.offsets_E1.diff(), rounded.counts_E if chosen_E is None else chosen_E
+            admitted = Admitted(choice.scores_TK, ids_TK, None, rounded, plan, choice.probs_TE, self.gate.score_scale)
+        else:
+            slots = SlotRows.of(ids_TK, E, may_drop=factor is not None)
+            computed_E = slots.offsets_E1.diff()
+            chosen_E = computed_E if chosen_E is None else chosen_E
+            admitted = Admitted(choice.scores_TK, ids_TK, slots)
+        return admitted, chosen_E.long(), computed_E.long()
 
     def _plan(self, T: int) -> Plan:
         return plan_rounding(self._config, T, self.tile_size, self.token_rounding, self.rounding_least_tiles)

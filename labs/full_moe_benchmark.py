@@ -37,7 +37,6 @@ from common.show import number
 from labs.full_moe import OptimizedMoELayer
 from labs.moe_layer.definition import errors_against_definition, kept_experts
 from labs.moe_layer.huggingface import share_parameters
-from labs.moe_layer.losses import count_rows
 from labs.moe_layer.memory import measure_kept_bytes
 from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, main, plain_table
 
@@ -113,8 +112,7 @@ def check_training(subject: Subject, x_TD: torch.Tensor, grad_TD: torch.Tensor, 
     on the way there and on the way back, so its bound is twice the output's."""
     layer = subject.layer
     out_TD = subject.forward_backward(x_TD, grad_TD)
-    choice = layer.gate(x_TD)
-    admitted, _ = layer.admit(choice, count_rows(choice.expert_ids_TK, layer.num_experts))
+    admitted, _, _ = layer.admit(layer.gate(x_TD))
     errors = errors_against_definition(layer, x_TD, kept_experts(admitted, layer.num_experts), out_TD, grad_TD,
                                        x_TD.grad)
     for name, error in errors.items():

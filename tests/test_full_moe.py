@@ -22,6 +22,7 @@ from labs.moe_layer.experts import BACKENDS, compute_experts, why_not_kernels
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
 from labs.moe_layer.memory import measure_kept_bytes
 from labs.moe_layer.router import Router
+from labs.moe_layer.rows import SlotRows
 from labs.moe_layer.statistics import evenness, gini
 from labs.studies.byte_lm import SMALL, moe_factory, train
 from tests.cases import CASES
@@ -172,7 +173,7 @@ def test_the_comparison_finds_faults(fault, device, monkeypatch):
         elif fault == "skipped score":
             admitted = admitted._replace(scores_TK=admitted.scores_TK * 0 + 0.5)
         else:
-            admitted = admitted._replace(expert_ids_TK=(admitted.expert_ids_TK + 1) % 8)
+            admitted = admitted._replace(slots=SlotRows.of((admitted.expert_ids_TK + 1) % 8, 8, may_drop=False))
         return original(x, gate_up, down, admitted)
 
     monkeypatch.setitem(experts_module.BACKENDS, "grouped", faulty)
@@ -224,7 +225,7 @@ def test_the_kernels_take_what_the_layer_admits(admit, device):
     for backend, kind in (("grouped", torch.float32), ("kernels", dtype)):
         x = x_TD.clone().requires_grad_()
         choice = layer.gate(x)
-        admitted, _ = layer.admit(choice, count_rows(choice.expert_ids_TK, 8))
+        admitted, _, _ = layer.admit(choice)
         weights = [p.detach().to(kind).requires_grad_() for p in layer.experts.parameters()]
         out_TD = compute_experts(x.to(kind), *weights, admitted, backend).float()
         grad_TD = torch.randn(out_TD.shape, generator=torch.Generator(device).manual_seed(5), device=device)
@@ -426,7 +427,7 @@ def test_capacity_keeps_the_best_by_score():
 
 
 def test_what_is_dropped_passes_as_zero_and_is_counted(device):
-    layer, x_TD = small(device, capacity_factor=0.25, top_k=1) if False else small(device, capacity_factor=0.25)
+    layer, x_TD = small(device, capacity_factor=0.25)
     out_TD = layer(x_TD)
     kept_TK = drop_over_capacity(*layer.gate(x_TD)[2:], 8, 0.25) != 8
     lost_T = ~kept_TK.any(dim=1)
@@ -492,8 +493,7 @@ def test_rounding_on_the_cpu_equals_the_kernels(mode, T, E, K, unit, device):
 def test_rounded_layers_equal_the_definition(mode, options, device):
     layer, x_TD = small(device, T=96, token_rounding=mode, tile_size=8, **options)
     grad_TD = torch.randn_like(x_TD)
-    choice = layer.gate(x_TD)
-    admitted, rows_E = layer.admit(choice, count_rows(choice.expert_ids_TK, 8))
+    admitted, _, rows_E = layer.admit(layer.gate(x_TD))
     assert not (rows_E % 8).any()
     kept_TE = dense_scores(admitted.rounded, admitted.plan) > 0
     assert_close(measured(layer, x_TD, grad_TD), expected(layer, x_TD, grad_TD, kept_TE), 2e-5)
@@ -559,6 +559,8 @@ def test_activation_bytes_are_what_autograd_keeps(options):
     layer = OptimizedMoELayer(64, 48, 16, 4, **{"capacity_factor": None, **options})
     x_TD = torch.randn(512, 64, requires_grad=True)
     kept = measure_kept_bytes(lambda: layer(x_TD), x_TD, list(layer.parameters()))
+    if layer.gradient_checkpointing:  # holds the scores and two index arrays itself, where the measure cannot see them
+        kept += 12 * 512 * 4
     assert layer.activation_bytes(512) == pytest.approx(kept, rel=0.02)
 
 

@@ -8,18 +8,19 @@ from typing import NamedTuple
 import torch
 
 from labs.kernels.rounding import Plan, Rounded, round_tokens
+from labs.moe_layer.rows import SlotRows
 
 # T tokens, E experts, K top-k, R = T*K rows, C rows after rounding at most.
 
 
 class Admitted(NamedTuple):
-    """The rows to compute. Slots: scores_TK float32 and expert_ids_TK int64, where an id of E is a dropped slot, of
-    which there are none unless `may_drop`. Rounded: `rounded` and its plan say which rows, and a row's score follows
-    from the router's probs_TE, times score_scale."""
+    """The rows to compute. By slot: scores_TK float32 and expert_ids_TK int64, where an id of E is a dropped slot, and
+    `slots`, the same sorted by expert. Rounded, then without slots: `rounded` and its plan say which rows, and a row's
+    score follows from the router's probs_TE, times score_scale."""
 
     scores_TK: torch.Tensor
     expert_ids_TK: torch.Tensor
-    may_drop: bool = False
+    slots: SlotRows | None = None
     rounded: Rounded | None = None
     plan: Plan | None = None
     probs_TE: torch.Tensor | None = None

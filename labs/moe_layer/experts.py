@@ -6,12 +6,6 @@ kernels   levels 8 and 9: gather, SwiGLU and scores inside the GEMM kernels, x a
 
 All three give the same sum, out[t] = sum over chosen e of score[t, e] * down_e (silu(gate_e x_t) * up_e x_t), and take
 an id of E to mean a slot that was dropped: no row, no output, no gradient.
-
-index array       shape     from -> to
-expert_ids_TK     (T, K)    token, slot -> expert, E where the slot is dropped
-slot_of_row_R     (R,)      sorted row -> t * K + k, the slot it came from; dropped slots last
-row_of_slot_TK    (T, K)    token, slot -> sorted row, the inverse of slot_of_row_R
-ends_E            (E,)      expert -> the end of its sorted rows
 """
 
 from __future__ import annotations
@@ -24,130 +18,13 @@ from torch.nn.functional import grouped_mm, linear, silu
 from torch.utils.checkpoint import checkpoint
 
 from common.level import Unsupported
-from labs.kernels.backward import moe_experts, moe_experts_rounded, rounded_scores
+from labs.kernels.backward import moe_experts_rounded, moe_experts_sorted, rounded_scores
 from labs.kernels.choice import capability
-from labs.kernels.rounding import Plan, Rounded, combine_rounded
+from labs.kernels.rounding import Plan
 from labs.moe_layer.admission import Admitted, round_choice
+from labs.moe_layer.rows import Combine, Gather, RoundedRows, Rows
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K rows.
-
-
-class SlotRows(NamedTuple):
-    """Rows sorted by expert, ties in token order, from K slots a token."""
-
-    slot_of_row_R: torch.Tensor
-    row_of_slot_TK: torch.Tensor
-    ends_E: torch.Tensor
-    unused_R1: torch.Tensor | None  # rows of dropped slots: grouped_mm leaves them unwritten, so they are put to zero
-
-    @classmethod
-    def of(cls, expert_ids_TK: torch.Tensor, E: int, may_drop: bool) -> SlotRows:
-        """Sort the slots; an id of E is a dropped one. No host sync."""
-        key = torch.int16 if E < 2**15 else torch.int32  # the radix sort passes over its keys once a byte
-        sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(key).sort(stable=True)
-        bounds_E = torch.arange(E, dtype=key, device=expert_ids_TK.device)
-        ends_E = torch.searchsorted(sorted_ids_R, bounds_E, right=True, out_int32=True)
-        rows_R = torch.arange(expert_ids_TK.numel(), device=expert_ids_TK.device)
-        row_of_slot_TK = torch.empty_like(expert_ids_TK)
-        row_of_slot_TK.view(-1).scatter_(0, slot_of_row_R, rows_R)
-        return cls(slot_of_row_R, row_of_slot_TK, ends_E, (sorted_ids_R == E)[:, None] if may_drop else None)
-
-    def take(self, values_TD: torch.Tensor) -> torch.Tensor:
-        """Each row's token: (T, D) -> (R, D), zeros in unused rows."""
-        values_RD = values_TD[self.slot_of_row_R // self.row_of_slot_TK.shape[1]]
-        return values_RD if self.unused_R1 is None else values_RD.masked_fill_(self.unused_R1, 0)
-
-    def add_up(self, values_RD: torch.Tensor, weight_R: torch.Tensor | None = None) -> torch.Tensor:
-        """Each token's rows, weighted and summed in float32: (R, D) -> (T, D) in values' dtype. No atomics."""
-        if self.unused_R1 is not None:
-            values_RD = values_RD.masked_fill(self.unused_R1, 0)
-        values_TKD = values_RD[self.row_of_slot_TK]
-        if weight_R is not None:
-            values_TKD = values_TKD * weight_R[self.row_of_slot_TK][:, :, None]
-        return values_TKD.sum(dim=1).to(values_RD.dtype)
-
-
-class RoundedRows(NamedTuple):
-    """Rows sorted by expert as token rounding leaves them: any number a token. The same two operations as SlotRows;
-    the arrays are those of labs/kernels/rounding.py."""
-
-    offsets_E1: torch.Tensor
-    token_of_row_C: torch.Tensor
-    first_of_token_T1: torch.Tensor
-    row_of_entry_C: torch.Tensor
-
-    @classmethod
-    def of(cls, rounded: Rounded) -> RoundedRows:
-        """The index arrays of a rounded routing."""
-        return cls(rounded.offsets_E1, rounded.token_of_row_C, rounded.first_of_token_T1, rounded.row_of_entry_C)
-
-    @property
-    def ends_E(self) -> torch.Tensor:
-        return self.offsets_E1[1:]
-
-    @property
-    def unused_R1(self) -> torch.Tensor:
-        return (torch.arange(len(self.token_of_row_C), device=self.offsets_E1.device) >= self.offsets_E1[-1])[:, None]
-
-    def take(self, values_TD: torch.Tensor) -> torch.Tensor:
-        """Each row's token: (T, D) -> (C, D), zeros in unused rows."""
-        return values_TD[self.token_of_row_C].masked_fill_(self.unused_R1, 0)
-
-    def add_up(self, values_CD: torch.Tensor, weight_C: torch.Tensor | None = None) -> torch.Tensor:
-        """Each token's rows, weighted and summed in float32: (C, D) -> (T, D) in values' dtype. No atomics on a GPU;
-        on a CPU index_add, which adds in order."""
-        T, C = len(self.first_of_token_T1) - 1, len(self.token_of_row_C)
-        if values_CD.is_cuda:
-            if weight_C is None:
-                weight_C = torch.ones(C, device=values_CD.device)
-            score_of_entry_C = weight_C[self.row_of_entry_C.clamp(0, C - 1)]  # past the rows in use it is undefined
-            rounded = Rounded(self.offsets_E1, *self, score_of_entry_C)  # its counts before rounding are not read
-            plan = Plan(T, max(1, C // T), len(self.offsets_E1) - 1, "exact", 1, 1, C, False)
-            return combine_rounded(values_CD.contiguous(), rounded, plan)
-        terms_CD = values_CD.to(torch.promote_types(values_CD.dtype, torch.float32)).masked_fill(self.unused_R1, 0)
-        if weight_C is not None:
-            terms_CD = terms_CD * weight_C[:, None]
-        out_TD = terms_CD.new_zeros(T, terms_CD.shape[1])
-        return out_TD.index_add_(0, self.token_of_row_C, terms_CD).to(values_CD.dtype)
-
-
-Rows = SlotRows | RoundedRows
-
-
-class Gather(torch.autograd.Function):
-    """x of each row. Its backward adds a token's rows up in a fixed order, where indexing's would scatter."""
-
-    @staticmethod
-    def forward(ctx, x_TD: torch.Tensor, rows: Rows) -> torch.Tensor:
-        ctx.kind = type(rows)
-        ctx.save_for_backward(*rows)
-        return rows.take(x_TD)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.kind(*ctx.saved_tensors).add_up(grad_RD), None
-
-
-class Combine(torch.autograd.Function):
-    """Each token's rows, weighted by score and summed; keeps y and the scores, no product of the two."""
-
-    @staticmethod
-    def forward(ctx, y_RD: torch.Tensor, score_R: torch.Tensor, rows: Rows) -> torch.Tensor:
-        ctx.kind = type(rows)
-        ctx.save_for_backward(y_RD, score_R, *rows)
-        return rows.add_up(y_RD, score_R)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        y_RD, score_R, *arrays = ctx.saved_tensors
-        rows = ctx.kind(*arrays)
-        grad_RD = rows.take(grad_TD)
-        grad_score_R = torch.linalg.vecdot(grad_RD.to(score_R.dtype), y_RD.to(score_R.dtype))
-        if rows.unused_R1 is not None:
-            grad_score_R = grad_score_R.masked_fill_(rows.unused_R1[:, 0], 0)  # 0 * NaN of an unwritten row
-        return (grad_RD * score_R[:, None]).to(y_RD.dtype), grad_score_R, None
 
 
 def why_not_grouped_mm(dtype: torch.dtype, device: torch.device, D: int, F: int) -> str:
@@ -173,15 +50,15 @@ def grouped_linear(x_RD: torch.Tensor, weight_END: torch.Tensor, ends_E: torch.T
     return torch.cat([*products, x_RD.new_zeros(parts[-1].shape[0], N)])
 
 
-def grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, scores_R: torch.Tensor,
+def grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
             rows: Rows) -> torch.Tensor:
-    """The experts by grouped GEMMs: (T, D) -> (T, D). scores_R (R,) float32 weighs each row."""
+    """The experts by grouped GEMMs: (T, D) -> (T, D). scores float32, by slot or by row, as the rows have them."""
     if x_TD.shape[0] == 0:  # still a function of all weights, for whoever waits for their gradients
-        return x_TD + 0.0 * (gate_up_E2FD.sum() + down_EDF.sum() + scores_R.sum()).to(x_TD.dtype)
+        return x_TD + 0.0 * (gate_up_E2FD.sum() + down_EDF.sum() + scores.sum()).to(x_TD.dtype)
     x_RD = Gather.apply(x_TD, rows)
     gate_RF, up_RF = grouped_linear(x_RD, gate_up_E2FD, rows.ends_E).chunk(2, dim=1)
     y_RD = grouped_linear(silu(gate_RF) * up_RF, down_EDF, rows.ends_E)
-    return Combine.apply(y_RD, scores_R, rows)
+    return Combine.apply(y_RD, scores, rows)
 
 
 def loop(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, scores_TK: torch.Tensor,
@@ -201,21 +78,22 @@ def run_grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.
                 ) -> torch.Tensor:
     """The admitted rows by grouped GEMMs: (T, D) -> (T, D)."""
     if rows_in.rounded is None:
-        rows = SlotRows.of(rows_in.expert_ids_TK, gate_up_E2FD.shape[0], rows_in.may_drop)
-        scores_R = rows_in.scores_TK.flatten()[rows.slot_of_row_R]
+        rows, scores = rows_in.slots, rows_in.scores_TK
     else:
         rows = RoundedRows.of(rows_in.rounded)
         by_row = rows_in.rounded._replace(row_of_entry_C=torch.arange(rows_in.plan.capacity, device=x_TD.device))
-        scores_R = rounded_scores(rows_in.probs_TE, by_row, rows_in.plan) * rows_in.score_scale
-    return grouped(x_TD, gate_up_E2FD, down_EDF, scores_R, rows)
+        scores = rounded_scores(rows_in.probs_TE, by_row, rows_in.plan) * rows_in.score_scale
+    return grouped(x_TD, gate_up_E2FD, down_EDF, scores, rows)
 
 
 def run_kernels(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted
                 ) -> torch.Tensor:
     """The admitted rows by the kernels of level 9: (T, D) -> (T, D)."""
     rounded, plan, probs_TE = rows_in.rounded, rows_in.plan, rows_in.probs_TE
-    if rounded is None and not rows_in.may_drop:
-        return moe_experts(x_TD, gate_up_E2FD, down_EDF, rows_in.scores_TK, rows_in.expert_ids_TK)
+    if rounded is None and rows_in.slots.unused_R1 is None:
+        offsets_E1, token_of_row_R, row_of_slot_TK, _ = rows_in.slots
+        return moe_experts_sorted(x_TD, gate_up_E2FD, down_EDF, rows_in.scores_TK, offsets_E1, token_of_row_R,
+                                  row_of_slot_TK)
     if rounded is None:  # as a routing rounded to tiles of one row, whose entries know no dropped slot
         (T, K), E = rows_in.expert_ids_TK.shape, gate_up_E2FD.shape[0]
         plan = Plan(T, K, E, "exact", tile=1, unit=1, capacity=T * K, renormalize=False)

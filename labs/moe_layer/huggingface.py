@@ -16,6 +16,7 @@ from torch import nn
 
 from labs.moe_layer.admission import Admitted
 from labs.moe_layer.experts import autocast_dtype, choose_backend, compute_experts
+from labs.moe_layer.rows import SlotRows
 
 if TYPE_CHECKING:
     from labs.full_moe import OptimizedMoELayer
@@ -155,7 +156,8 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
     backend = choose_backend("auto", True, device, dtype, D, F, E)
     scores_TK = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
     # Under expert parallelism ids of E and more stand for experts of other ranks.
-    admitted = Admitted(scores_TK, top_k_index.clamp(max=E), may_drop=self._is_expert_parallel)
+    expert_ids_TK = top_k_index.clamp(max=E)
+    admitted = Admitted(scores_TK, expert_ids_TK, SlotRows.of(expert_ids_TK, E, may_drop=self._is_expert_parallel))
     return compute_experts(hidden_states, self.gate_up_proj, self.down_proj, admitted, backend.name)
 
 

@@ -22,15 +22,15 @@ def predict_kept_bytes(T: int, rows: int, D: int, F: int, E: int, K: int, itemsi
     recompute nothing of R times a width
     """
     kept = T * D * itemsize + 4 * T * E + 12 * T * K + 4 * T
+    indices = 20 if by_entries else 12  # two index arrays and the scores; by entries, their place in the matrix too
     if shared_ffn_dim:
         kept += 4 * T * shared_ffn_dim * itemsize
     if recompute:
-        return kept
+        return kept + indices * rows
     if by_entries:
         kept += 12 * T * E + 12 * T
     per_row = {"kernels": 2 * F, "grouped": 2 * D + 4 * F, "loop": 3 * D + 4 * F}[backend]
-    index_bytes = {"kernels": 12, "grouped": 20, "loop": 20}[backend]
-    return kept + rows * (per_row * itemsize + index_bytes)
+    return kept + rows * (per_row * itemsize + indices)
 
 
 def measure_kept_bytes(forward: Callable[[], torch.Tensor], x: torch.Tensor, weights: list[torch.Tensor]) -> int:
