@@ -441,6 +441,7 @@ def test_a_planted_fault_is_caught(right, wrong, tmp_path, device, request):
 
 # ---- the machine code, and the compiler --------------------------------------------------------------
 
+TRITON_3_6 = triton.__version__.startswith("3.6")
 KERNELS = ("rank_keys", "round_counts", "round_counts balance", "select_rows", "list_entries", "combine_rounded")
 SHAPES = {"T16384 E128": (16384, 128, 8), "T65536 E256": (65536, 256, 8)}
 
@@ -480,8 +481,10 @@ def test_machine_code(shape, sm):
     for kernel in KERNELS:
         found = code[f"{kernel} {shape}"]
         print(f"{kernel} {shape}: {found.registers} registers, {found.shared_bytes} bytes of shared memory")
-        # None is claimed up to sm_90. On sm_120 Triton 3.7.1 spills a little of the 16 scores a thread.
-        spilled = 16 if sm == 120 and kernel in ("rank_keys", "list_entries") else 0
+        # No spill is claimed with Triton 3.7 up to sm_90. On sm_120 the 16 scores a thread do not quite fit, and in 3.6
+        # 1024 threads with 4 rows each to write: a few loads and stores, less than their cure costs (labs/LOG.md).
+        spilling = {"rank_keys", "list_entries"} if sm == 120 else set()
+        spilled = 16 if kernel in spilling | ({"select_rows"} if TRITON_3_6 else set()) else 0
         assert found.count(r"LDL|STL") <= spilled, kernel
         assert found.stack_bytes <= 2 * spilled, kernel
         assert found.shared_bytes <= 64 * 1024, kernel
