@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from common.config import MoEConfig, Workload
 from common.level import Unsupported
 from common.measure import relative_error
 from common.model import make_inputs, make_weights
+from labs import full_moe_benchmark, train_byte_lm
 from labs.full_moe import OptimizedMoELayer
 from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
 from labs.moe_layer import experts as experts_module
@@ -24,6 +26,7 @@ from labs.moe_layer.memory import measure_kept_bytes
 from labs.moe_layer.router import Router
 from labs.moe_layer.rows import SlotRows
 from labs.moe_layer.statistics import evenness, gini
+from labs.studies import study
 from labs.studies.byte_lm import SMALL, moe_factory, train
 from tests.cases import CASES
 
@@ -680,3 +683,52 @@ def test_backends_train_alike():
 def test_every_backend_is_tested():
     assert set(BACKENDS) == {"loop", "grouped", "kernels"}
     assert why_not_kernels(torch.device("cpu"), torch.float16, 32, 24, 8) == "the kernels need a GPU"
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_the_breakdown_is_measured_saved_and_drawn_again(mode, tmp_path, capsys):
+    arguments = ["--device", "cpu", "--mode", mode, "--rounds", "1", "--out", str(tmp_path)]
+    assert study.main(full_moe_benchmark.STUDY, arguments) == 0
+    stem = tmp_path / f"cpu_full_moe_tiny_{mode}"
+    record = json.loads(stem.with_suffix(".json").read_text())
+    rows = {row["name"]: row for row in record["figures"]["rows"]}
+    assert rows["+ grouped GEMM"]["forward_ms"]["p50"] > 0
+    last = "+ IO overlap" if mode == "train" else "+ IO overlap, CUDA graph"
+    assert rows[last]["status"] == "unsupported", "no time for kernels that a CPU lacks"
+    drawn = stem.with_suffix(".svg").read_bytes()
+    stem.with_suffix(".svg").unlink()
+    assert study.main(full_moe_benchmark.STUDY, ["--plot", str(stem.with_suffix(".json"))]) == 0
+    assert stem.with_suffix(".svg").read_bytes() == drawn
+    assert "n/a" in capsys.readouterr().out
+
+
+def test_a_wrong_row_of_the_breakdown_gets_no_time(tmp_path, monkeypatch, capsys):
+    original = experts_module.BACKENDS["grouped"]
+    monkeypatch.setitem(experts_module.BACKENDS, "grouped", lambda x, gate_up, down, admitted: original(
+        x, gate_up.roll(96, dims=1), down, admitted))
+    assert study.main(full_moe_benchmark.STUDY, ["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "+ grouped GEMM: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--config", "gpt"], "preset='gpt'"), (["--tokens", "0"], "'0'"), (["--mode", "both"], "'both'")])
+def test_wrong_arguments_of_the_breakdown_are_named(arguments, named, tmp_path, capsys):
+    try:
+        status = study.main(full_moe_benchmark.STUDY, [*arguments, "--device", "cpu", "--out", str(tmp_path)])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_training_run_is_recorded(tmp_path):
+    arguments = ["--device", "cpu", "--steps", "3", "--out", str(tmp_path)]
+    assert study.main(train_byte_lm.STUDY, arguments) == 0
+    runs = json.loads((tmp_path / "cpu_byte_lm.json").read_text())["figures"]["runs"]
+    assert set(runs) == set(train_byte_lm.RUNS)
+    assert all(len(run["losses"]) == len(run["gini"]) == 3 for run in runs.values())
+    assert runs[train_byte_lm.OPTIMIZED]["losses"] == pytest.approx(runs[train_byte_lm.LOOP]["losses"], rel=1e-4)
+    assert (tmp_path / "cpu_byte_lm.svg").exists()
