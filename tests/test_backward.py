@@ -18,7 +18,7 @@ import torch
 from common.config import Workload
 from common.measure import relative_error
 from common.model import make_inputs, make_weights, route_float64
-from labs.kernels import backward, backward_gemm, backward_weights
+from labs.kernels import backward, backward_loop
 from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
 from tests.cases import CASES, Case
 
@@ -31,8 +31,7 @@ GRADS = ("x_TD", "router_ED", "gate_up_E2FD", "down_EDF")
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs programs one after the other: five of them, each with several tiles."""
     if not GPU:
-        for module in (backward_gemm, backward_weights):
-            monkeypatch.setattr(module, "sm_count", lambda device: 5)
+        monkeypatch.setattr(backward_loop, "sm_count", lambda device: 5)
 
 
 def bound(dtype: torch.dtype) -> float:
@@ -229,7 +228,7 @@ def planted(fault: Fault, folder: Path):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         copies[part] = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copies[part])
-        if not GPU and part in ("_gemm", "_weights"):
+        if not GPU and part == "_loop":
             copies[part].sm_count = lambda device: 5
     return copies[""]
 

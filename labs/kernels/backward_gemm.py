@@ -29,12 +29,12 @@ from labs.kernels.backward_loop import (
     pointer_gate_up,
     pointer_straight,
     pointer_transposed,
+    programs,
     store_tile,
     tma_gate_up,
     tma_straight,
     tma_transposed,
 )
-from labs.kernels.launch import sm_count
 from labs.kernels.plain_gemm import PlainTile
 from labs.kernels.tiles import TilePlan, check, check_gemm
 
@@ -204,7 +204,8 @@ def up(
     h_R2F, hidden_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     if R > 0:
         weights = describe(gate_up_E2FD.view(2 * E, F, D), [2, tile.block_N // 2, tile.block_K], tile)
-        up_kernel[(sm_count(x_TD.device),)](
+        grid = programs(len(plan.tiles_X5) * triton.cdiv(2 * F, tile.block_N), x_TD.device)
+        up_kernel[(grid,)](
             x_TD, token_of_row_R, weights, h_R2F, hidden_RF, offsets_E1, plan.tiles_X5, plan.tile_count, D // 8, F // 8,
             load_weights=tma_gate_up if tile.tma else pointer_gate_up, **blocks(tile))
     return h_R2F, hidden_RF
@@ -232,7 +233,8 @@ def multiply_rows(
             box, load_weights = [1, tile.block_N, tile.block_K], tma_transposed if tile.tma else pointer_transposed
         else:
             box, load_weights = [1, tile.block_K, tile.block_N], tma_straight if tile.tma else pointer_straight
-        rows_kernel[(sm_count(rows_RK.device),)](
+        grid = programs(len(plan.tiles_X5) * triton.cdiv(N, tile.block_N), rows_RK.device)
+        rows_kernel[(grid,)](
             describe(rows_RK, [tile.block_M, tile.block_K], tile), describe(weights, box, tile), out_RN, offsets_E1,
             plan.tiles_X5, plan.tile_count, N // 8, K // 8, load_weights=load_weights, TMA=tile.tma, **blocks(tile))
     return out_RN
@@ -259,7 +261,8 @@ def hidden_grad(
     d_scores_XR = torch.empty(triton.cdiv(F, tile.block_N), R, dtype=torch.float32, device=h_R2F.device)
     if R > 0:
         weights = describe(down_EDF, [1, tile.block_K, tile.block_N], tile)
-        hidden_grad_kernel[(sm_count(h_R2F.device),)](
+        grid = programs(len(plan.tiles_X5) * len(d_scores_XR), h_R2F.device)
+        hidden_grad_kernel[(grid,)](
             grad_out_TD, token_of_row_R, score_of_row_R, weights, h_R2F, dh_R2F, scaled_RF, d_scores_XR, offsets_E1,
             plan.tiles_X5, plan.tile_count, R, D // 8, F // 8,
             load_weights=tma_straight if tile.tma else pointer_straight, **blocks(tile))

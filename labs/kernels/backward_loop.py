@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import torch
 
+from labs.kernels.launch import sm_count
 from labs.kernels.plain_gemm import AMPERE, CONSUMER, HOPPER, PlainTile
 
-import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
-import triton
+import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -169,6 +169,11 @@ def tile_for(device: torch.device, dtype: torch.dtype) -> PlainTile:
     if 10 * major + minor not in TILES:
         raise ValueError(f"sm_{major}{minor}: no tile for it, only for sm_{', sm_'.join(map(str, TILES))}")
     return TILES[10 * major + minor]
+
+
+def programs(tiles: int, device: torch.device) -> int:
+    """Persistent programs for so many output tiles at most: one an SM, none without a tile."""
+    return min(sm_count(device), tiles)
 
 
 def describe(matrix: torch.Tensor, box: list[int], tile: PlainTile) -> TensorDescriptor | torch.Tensor:

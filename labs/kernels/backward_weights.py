@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.backward_loop import blocks, describe, halves
-from labs.kernels.launch import sm_count
+from labs.kernels.backward_loop import blocks, describe, halves, programs
 from labs.kernels.plain_gemm import PlainTile
 from labs.kernels.tiles import check
 
@@ -150,9 +149,9 @@ def weight_grad(
             out.zero_()
         return
     if spare_rows and tile.tma:
-        grid = (tile.block_K, triton.cdiv(S, 1024))
-        zero_tail_kernel[grid](sorted_RS, offsets_E1, E, R, S, BLOCK=1024, num_warps=4)
-    weight_grad_kernel[(sm_count(sorted_RS.device),)](
+        zero_tail_kernel[(tile.block_K, triton.cdiv(S, 1024))](sorted_RS, offsets_E1, E, R, S, BLOCK=1024, num_warps=4)
+    grid = programs(E * triton.cdiv(G, tile.block_M) * triton.cdiv(S, tile.block_N), sorted_RS.device)
+    weight_grad_kernel[(grid,)](
         gathered_TG, token_of_row_R, describe(sorted_RS, [tile.block_K, tile.block_N], tile), out, offsets_E1, E,
         G // 8, S // 8, TMA=tile.tma, TRANSPOSED=transposed, ACCUMULATE=accumulate,
         E_POW2=triton.next_power_of_2(E), **blocks(tile))
