@@ -30,6 +30,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "charts", "svg.fonttype": "path",
 }
 MOST_PANELS = 3
+MOST_PEER_PANELS = 6
 
 
 def caption(runs: Sequence[Run]) -> str:
@@ -188,15 +189,53 @@ def roofline(runs: Sequence[Run]) -> Figure:
     return fig
 
 
+def has_peers(run: Run) -> bool:
+    """Whether another library's layer was timed in this run."""
+    return any(row.kind == "peer" and row.timed for row in run.rows)
+
+
+def peers(runs: Sequence[Run]) -> Figure:
+    """Our levels beside other libraries' layers, one panel a token count: median wall time, fastest on top, with the
+    20th to 80th percentile. The bound is a line."""
+    chosen = [run for run in runs if has_peers(run)][:MOST_PEER_PANELS]
+    across = min(len(chosen), 3)
+    down = -(-len(chosen) // across)
+    fig, axes = plt.subplots(down, across, squeeze=False, layout="constrained")
+    fig.suptitle("Beside other libraries, same weights, same rounds", fontsize=26, fontweight="bold")
+    fig.supxlabel(caption(chosen), fontsize=12, color="#555")
+    for ax in axes.flat[len(chosen):]:
+        ax.set_visible(False)
+    for ax, run in zip(axes.flat, chosen, strict=False):
+        bound = run.row(BOUND)
+        rows = sorted((row for row in run.rows if row.timed and row is not bound), key=lambda row: row.wall_ms.p50)
+        names = [f"{row.number} {row.name}" if row.kind == "level" else row.name for row in rows]
+        ax.set_yticks(range(len(rows)), names)
+        ax.invert_yaxis()
+        for position, row in enumerate(rows):
+            time = row.wall_ms
+            ax.barh(position, time.p50, 0.7, color=GAIN if row.kind == "level" else FIRST, gid=row.name,
+                    xerr=[[time.p50 - time.p20], [time.p80 - time.p50]], error_kw={"ecolor": "#333", "capsize": 3},
+                    **(ROUNDED if row.variant == "rounded" else {}))
+            ax.text(time.p80, position, f"  {number(time.p50)}", va="center", fontsize=13)
+        if bound and bound.timed:
+            ax.axvline(bound.wall_ms.p50, color=BOUND_COLOR, linewidth=2, label=f"bare {BOUND}")
+            ax.legend(fontsize=11, loc="lower right", frameon=False)
+        ax.set_xlim(0, max(row.wall_ms.p80 for row in rows) * 1.2)
+        ax.set_title(f"{run.shape['T']:,} tokens")
+        ax.set_xlabel("ms, as the caller sees it")
+        ax.tick_params(labelsize=12)
+    return fig
+
+
 CHARTS: dict[str, Callable[[Sequence[Run]], Figure]] = {
-    "ladder": ladder, "scale": scale, "memory": memory, "roofline": roofline,
+    "ladder": ladder, "scale": scale, "memory": memory, "roofline": roofline, "peers": peers,
 }
 
 
 def draw_all(runs: Sequence[Run], folder: Path, stem: str) -> list[Path]:
     """Draw what these runs can show, one routing and dtype at a time, as `<stem>_<chart>.png` and `.svg`.
 
-    The scale chart needs two token counts, the roofline measured ceilings, all charts a timed level.
+    The scale chart needs two token counts, the roofline measured ceilings, peers a timed one, all a timed level.
     Returns the files written.
     """
     written: list[Path] = []
@@ -210,6 +249,8 @@ def draw_all(runs: Sequence[Run], folder: Path, stem: str) -> list[Path]:
             if name == "scale" and len(group) < 2:
                 continue
             if name == "roofline" and not all(run.ceilings for run in group):
+                continue
+            if name == "peers" and not any(map(has_peers, group)):
                 continue
             with plt.rc_context(STYLE):
                 fig = chart(group)

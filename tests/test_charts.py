@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from common.show import run_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "plots").glob("*.json"))
+BESIDE_PEERS = sorted((ROOT / "plots" / "peers").glob("*.json"))
 ENVIRONMENT = {"gpu": "NVIDIA Test", "sm": "sm_90", "torch": "2", "triton": "3", "cuda": "13", "driver": "1",
                "python": "3", "commit": "abc", "dirty": False, "date": "2026-01-01"}
 
@@ -42,6 +44,9 @@ RUNS = [
     made_up(64, row(0, 100.0), row(1, 2.0), row(2, 4.0), row(3, None, status="oom", peak_mib=None)),
     made_up(512, row(0, 200.0), row(1, None, status="oom", peak_mib=None), row(2, 20.0), row(3, 1.0)),
 ]
+PEER = Row("peer", None, "their layer", "theirs", "ok", wall_ms=Spread(1.5, 2, 2.5), gpu_ms=Spread(1, 1, 1))
+WITH_PEERS = [replace(run, rows=[*run.rows, PEER, replace(PEER, name="absent", status="not installed", wall_ms=None)])
+              for run in RUNS]
 
 
 def bars(ax) -> dict[str, float]:
@@ -105,16 +110,27 @@ def test_roofline_bars_are_the_recorded_shares(runs):
         assert lines(ax)["bound"][0][0] == pytest.approx(100 * run.row("cuBLAS bmm").roofline_share)
 
 
+@pytest.mark.parametrize("path", [None, *BESIDE_PEERS], ids=str)
+def test_peer_bars_are_the_recorded_times(path):
+    runs = [run for run in (load(path) if path else WITH_PEERS) if charts.has_peers(run)]
+    shown = runs[:charts.MOST_PEER_PANELS]
+    for ax, run in zip(charts.peers(runs).axes, shown, strict=False):
+        assert bars(ax) == {one.name: pytest.approx(one.wall_ms.p50)
+                            for one in run.rows if one.timed and one.name != "cuBLAS bmm"}
+        assert ax.lines[-1].get_xdata()[0] == run.row("cuBLAS bmm").wall_ms.p50
+    assert not charts.has_peers(RUNS[0])
+
+
 def test_every_chart_says_what_it_was_measured_on():
     for chart in charts.CHARTS.values():
-        words = " ".join(text.get_text() for text in chart(RUNS).findobj(plt.Text))
+        words = " ".join(text.get_text() for text in chart(WITH_PEERS).findobj(plt.Text))
         assert "NVIDIA Test" in words
         assert "commit abc" in words
         assert "natural routing" in words
 
 
 def test_draw_all_writes_png_and_svg(tmp_path):
-    written = charts.draw_all(RUNS, tmp_path, "made-up")
+    written = charts.draw_all(WITH_PEERS, tmp_path, "made-up")
     assert {path.name for path in written} == {f"made-up_{name}.{ending}" for name in charts.CHARTS
                                                for ending in ("png", "svg")}
     assert all(path.stat().st_size > 10_000 for path in written)
