@@ -60,6 +60,12 @@ class Choice(NamedTuple):
         size = f"{self.tile.block_M}x{self.tile.block_N}" if self.tile else rows.get(self.kernels, "")
         return f"{self.kernels} {size}".rstrip()
 
+    @property
+    def detail(self) -> str:
+        """All that tells it from other choices."""
+        tile = f", {self.tile.block_K} deep, {self.tile.warps} warps, {self.tile.stages} stages" if self.tile else ""
+        return f"{self}{tile}, group {self.group}"
+
 
 def capability(device: torch.device) -> int:
     """90 for 9.0; 0 for a CPU, where Triton's interpreter runs. Raises Unsupported for a GPU without kernels here."""
@@ -115,7 +121,8 @@ def cache_path() -> Path:
 
 
 def read_cache(path: Path) -> dict[str, dict]:
-    """Key -> {"choice", "ms"}; empty if there is no file. Raises ValueError, naming it, if it cannot be read."""
+    """Key -> {"choice", "ms", "tried": {name: ms}}; empty if there is no file. Raises ValueError, naming it, if it
+    cannot be read."""
     if not path.exists():
         return {}
     try:
@@ -190,12 +197,12 @@ class Chooser:
                 print(f"autotune: a minute is over, {len(tried) - i} of {len(tried)} not tried", file=sys.stderr)
                 break
             found[choice] = median_ms(lambda choice=choice: run(choice))
-            print(f"autotune {i + 1} of {len(tried)}: {choice}, group {choice.group}: {found[choice]:.3f} ms",
-                  file=sys.stderr)
+            print(f"autotune {i + 1} of {len(tried)}: {choice.detail}: {found[choice]:.3f} ms", file=sys.stderr)
         best = min(found, key=found.__getitem__)
+        entry = {"choice": best, "ms": found[best], "tried": {choice.detail: ms for choice, ms in found.items()}}
         path = cache_path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.cached = read_cache(path) | {self.key(R): {"choice": best, "ms": found[best]}}
+        self.cached = read_cache(path) | {self.key(R): entry}
         fresh = path.with_suffix(f".{os.getpid()}")  # another process may read: it sees the old file or the new one
         fresh.write_text(json.dumps(self.cached, indent=1))
         fresh.replace(path)
