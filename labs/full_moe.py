@@ -104,8 +104,8 @@ class OptimizedMoELayer(nn.Module):
         if token_rounding is not None and token_rounding not in ROUNDINGS:
             raise ValueError(f"token_rounding={token_rounding!r} is unknown: None, or one of {', '.join(ROUNDINGS)}")
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and not factor > 0:
-                raise ValueError(f"{name}={factor}: above 0, or None to drop nothing")
+            if factor is not None and not 0 < factor < float("inf"):
+                raise ValueError(f"{name}={factor}: above 0 and finite, or None to drop nothing")
         if adaptive_capacity and capacity_factor is None:
             raise ValueError("adaptive_capacity=True needs a capacity_factor to start from, not None")
         for name, weight in (("load_balance_weight", load_balance_weight), ("z_loss_weight", z_loss_weight),
@@ -344,3 +344,24 @@ class OptimizedMoELayer(nn.Module):
     def reset_stats(self) -> None:
         """Forget the running statistics."""
         self.recorder.reset()
+
+
+def demonstrate() -> None:
+    """One training step and one evaluation of a small layer, and what it tells about itself."""
+    on_gpu = torch.cuda.is_available()
+    made = {"device": "cuda" if on_gpu else "cpu", "dtype": torch.bfloat16 if on_gpu else torch.float32}
+    moe = OptimizedMoELayer.for_training(hidden_dim=256, ffn_dim=128, num_experts=16, top_k=4, tile_size=64, **made)
+    x = torch.randn(4, 256, 256, **made)
+    output, aux_loss = moe(x, return_aux_loss=True)
+    (output.float().square().mean() + aux_loss).backward()
+    print(f"backend    {moe.backend.name}: {moe.backend.reason}")
+    print(f"training   {tuple(x.shape)} -> {tuple(output.shape)}, aux_loss {aux_loss.item():.4f}, gradients in "
+          f"{sum(p.grad is not None for p in moe.parameters())} of {len(list(moe.parameters()))} parameters")
+    print(f"           {moe.stats()}")
+    print(f"kept       {moe.activation_bytes(1024) / 2**20:.2f} MiB for backward of 1024 tokens")
+    with torch.no_grad():
+        print(f"evaluation {tuple(moe.eval()(x).shape)}, exact top-k, dropped {moe.stats().dropped}")
+
+
+if __name__ == "__main__":
+    demonstrate()

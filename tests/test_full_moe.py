@@ -409,6 +409,8 @@ def test_moving_the_bias_evens_out_the_load(device):
     after = layer.stats()
     assert before.gini > 0.2
     assert after.gini < before.gini / 3
+    layer.to(torch.bfloat16)
+    assert layer.gate.e_score_correction_bias.dtype == torch.float32, "steps of 0.001 are lost in bfloat16"
     bias_E = torch.zeros(3)
     move_bias(bias_E, torch.tensor([9, 3, 0]), 0.5)
     assert bias_E.tolist() == [-0.5, 0.5, 0.5]
@@ -427,6 +429,12 @@ def test_capacity_keeps_the_best_by_score():
         slots = [(-scores_TK[t, k].item(), t, k) for t, k in (ids_TK == e).nonzero().tolist()]
         assert {(t, k) for _, t, k in sorted(slots)[:capacity]} == {
             (t, k) for _, t, k in slots if kept_TK[t, k]}
+
+
+def test_a_whole_capacity_factor_is_a_factor(device):
+    layer, x_TD = small(device, capacity_factor=1)
+    other, _ = small(device, capacity_factor=1.0)
+    assert torch.equal(layer(x_TD), other(x_TD))
 
 
 def test_what_is_dropped_passes_as_zero_and_is_counted(device):
@@ -630,7 +638,8 @@ def test_graphed_inference_keeps_its_buffer(device):
     ({"hidden_dim": 0}, "hidden_dim=0"), ({"ffn_dim": 2.5}, "ffn_dim=2.5"), ({"top_k": 9}, "top_k=9"),
     ({"tile_size": 0}, "tile_size=0"), ({"capacity_factor": 0.0}, "capacity_factor=0.0"),
     ({"capacity_factor": -1.0}, "capacity_factor=-1.0"), ({"eval_capacity_factor": 0.0}, "eval_capacity_factor"),
-    ({"capacity_factor": float("nan")}, "capacity_factor=nan"), ({"token_rounding": "floor"}, "token_rounding='floor'"),
+    ({"capacity_factor": float("nan")}, "capacity_factor=nan"), ({"capacity_factor": math.inf}, "capacity_factor=inf"),
+    ({"token_rounding": "floor"}, "token_rounding='floor'"),
     ({"token_rounding": "exact"}, "token_rounding='exact'"), ({"load_balance_weight": -0.1}, "load_balance_weight"),
     ({"z_loss_weight": -1.0}, "z_loss_weight"), ({"bias_update_rate": -1.0}, "bias_update_rate"),
     ({"scoring": "tanh"}, "scoring='tanh'"), ({"temperature": 0.0}, "temperature=0.0"),

@@ -43,7 +43,8 @@ def drop_over_capacity(
     rank_R = torch.arange(ids_R.numel(), device=device) - first_E[sorted_ids_R]
     share = ids_R.numel() / E
     # Less a hair: 1.1 * 10 is a little more than 11 in floating point.
-    limit = math.ceil(factor * share - 1e-6) if isinstance(factor, float) else (factor * share - 1e-6).ceil()
+    limit = factor * share - 1e-6
+    limit = limit.ceil() if isinstance(limit, torch.Tensor) else math.ceil(limit)
     kept_R = torch.empty_like(ids_R, dtype=torch.bool)
     kept_R[by_score_R[order_R]] = rank_R < limit
     return expert_ids_TK.masked_fill(~kept_R.view_as(expert_ids_TK), E)

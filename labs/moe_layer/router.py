@@ -14,6 +14,7 @@ whose two best experts are best together. A bias, where there is one, takes part
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,13 @@ class Router(nn.Module):
         bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if with_bias else None
         self.register_buffer("e_score_correction_bias", bias_E)
         nn.init.normal_(self.weight, std=hidden_dim**-0.5)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Router:
+        """As of every module (`.to`, `.bfloat16`), but the bias stays float32: its steps are lost in less."""
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
+        return self
 
     def forward(self, x_TD: torch.Tensor) -> Choice:
         """x_TD (T, D), T >= 0 -> Choice, best expert first."""
