@@ -1,0 +1,54 @@
+"""Level 8's kernels on small shapes, for compute-sanitizer, which finds reads and writes outside what was allocated.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 3 python tests/sanitize.py
+
+Without the caching allocator every tensor is an allocation of its own: past its end is past the allocation's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from common.config import Workload
+from common.measure import gate
+from common.model import make_inputs, make_weights, oracle
+from labs import level8_tma_overlap as level8
+from labs.kernels.choice import Choice
+from labs.kernels.plain_gemm import TILES
+from labs.kernels.rounding import plan_rounding
+from labs.kernels.routing import new_arrivals
+from tests.cases import Case
+
+CHOICES = (Choice("few_rows"), Choice("gather"), Choice("spread"), Choice("tall", 16),
+           Choice("pipelined", 8, TILES[90]))
+CASES = (Case("odd", T=77, D=264, F=200, E=7, K=3), Case("one token", T=1, D=264, F=200, E=7, K=3),
+         Case("one expert has all", T=300, D=264, F=200, E=5, K=1, routing="one_hot"),
+         Case("many tokens", T=1031, D=264, F=200, E=6, K=2))
+
+
+def main() -> None:
+    """Every choice on every case, gated; exits 1 if one is wrong."""
+    for case in CASES:
+        cfg, workload = case.config, Workload(case.config, case.T, torch.bfloat16, case.routing)
+        weights = make_weights(cfg, torch.bfloat16, "cuda")
+        x_TD = make_inputs(workload, weights)
+        packed, arrivals_A = level8.repack(cfg, weights), new_arrivals("cuda")
+        expected = oracle(cfg, weights, x_TD)
+        for choice in CHOICES:
+            found = gate(level8.layer(x_TD, packed, cfg, arrivals_A, choice), expected, workload)
+            print(f"{case}: {choice}: {'ok' if found.ok else found.reason}", flush=True)
+            if not found.ok:
+                raise SystemExit(1)
+    plan = plan_rounding(cfg, case.T, 64)
+    level8.layer_rounded(x_TD, packed, cfg, plan, Choice("gather"))
+    torch.cuda.synchronize()
+    print("rounded: ran")
+
+
+if __name__ == "__main__":
+    main()
