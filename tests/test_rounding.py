@@ -481,9 +481,9 @@ def test_machine_code(shape, sm):
     for kernel in KERNELS:
         found = code[f"{kernel} {shape}"]
         print(f"{kernel} {shape}: {found.registers} registers, {found.shared_bytes} bytes of shared memory")
-        # No spill is claimed with Triton 3.7 up to sm_90. On sm_120 the 16 scores a thread do not quite fit, and in 3.6
-        # 1024 threads with 4 rows each to write: a few loads and stores, less than their cure costs (labs/LOG.md).
-        spilling = {"rank_keys", "list_entries"} if sm == 120 else set()
+        # No spill is claimed with Triton 3.7 up to sm_90. On sm_120, and with 3.6 for select_rows,
+        # a few values do not fit: fewer a thread would be slower on an H200 (labs/LOG.md).
+        spilling = {"rank_keys", "select_rows", "list_entries"} if sm == 120 else set()
         spilled = 16 if kernel in spilling | ({"select_rows"} if TRITON_3_6 else set()) else 0
         assert found.count(r"LDL|STL") <= spilled, kernel
         assert found.stack_bytes <= 2 * spilled, kernel
