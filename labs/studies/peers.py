@@ -98,7 +98,7 @@ def measure(options: Options) -> dict:
     cfg = preset(args.preset or ("qwen3-30b-a3b" if full else "tiny"))
     T = args.tokens if args.tokens is not None else (16384 if full else 64)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    wanted = (0, 4, 6, 8) if device.type == "cuda" else (0, 1)
+    wanted = (4, 6, 8) if device.type == "cuda" else (0, 1)
     levels = [loaded for loaded in discover() if loaded.level.number in wanted]
     run = run_workload(Workload(cfg, T, dtype), levels, REFERENCES + PEERS, device, 12 if full else 2, Say(options))
     rows = [{"kind": row.kind, "name": f"level {row.number} {row.name}" if row.kind == "level" else row.name,

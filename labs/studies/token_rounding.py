@@ -30,7 +30,7 @@ from common.config import MoEConfig, preset
 from common.measure import Spread, relative_error
 from common.show import number, percent
 from labs.kernels.plain_gemm import HOPPER, PlainTile, plain_down, plain_up, tile_for
-from labs.kernels.rounding import Rounded, plan_rounding, report_rounding, round_tokens
+from labs.kernels.rounding import LEAST_TILES, Rounded, plan_rounding, report_rounding, round_tokens
 from labs.kernels.routing import sm_count
 from labs.kernels.tiles import interleave_gate_up, plan_tiles
 from labs.studies.byte_lm import SMALL, Size, moe_factory, train
@@ -293,13 +293,17 @@ def draw_quality(trained: dict, under: str) -> Figure:
 
 
 def conclude(figures: dict) -> str:
-    """Where `nearest` brings most and what it changes there; then what training says, and cannot say."""
-    gains = [(point["modes"]["nearest"]["net_speedup"], point) for point in figures["speed"] if point["fill"] >= 1]
-    best, point = max(gains, key=lambda pair: pair[0])
-    one = point["modes"]["nearest"]
-    sentence = (f"Rounding to the nearest tile of {point['tile']} at {point['fill']:g} tiles of mean rows an expert is "
-                f"{one['speedup']:.2f} times as fast in the GEMMs (ideal {one['ideal_speedup']:.2f}), {best:.2f} with "
-                f"the rounding itself, and changes {one['share_changed']:.1%} of the routes")
+    """What `nearest` brings where it begins to be safe, and changes there; then what training says, and cannot say."""
+    fills = {point["fill"] for point in figures["speed"]}
+    fill = LEAST_TILES if LEAST_TILES in fills else max(fills)
+    parts = []
+    for point in figures["speed"]:
+        if point["fill"] == fill:
+            one = point["modes"]["nearest"]
+            parts.append(f"tile {point['tile']}: {one['speedup']:.2f} times the speed in the GEMMs (ideal "
+                         f"{one['ideal_speedup']:.2f}), {one['net_speedup']:.2f} with the rounding itself, "
+                         f"{one['share_changed']:.1%} of the routes changed")
+    sentence = f"Rounding to the nearest tile at {fill:g} tiles of mean rows an expert: {'; '.join(parts)}"
     trained = figures["quality"]
     if trained is None:
         return sentence + "."
@@ -309,7 +313,7 @@ def conclude(figures: dict) -> str:
             for mode, values in ends.items() if mode != "exact"}
     listed = ", ".join(f"{mode} {statistics.fmean(values):+.4f} ({min(values):+.4f} to {max(values):+.4f})"
                        for mode, values in gaps.items())
-    return (f"{sentence}; trained at {trained['rows_per_expert_in_tiles']:g} tiles for {trained['steps']} steps, "
+    return (f"{sentence}. Trained at {trained['rows_per_expert_in_tiles']:g} tiles for {trained['steps']} steps, "
             f"held-out loss moves by {listed} nats a byte against exact top-k over {trained['seeds']} seeds, where "
             f"seeds alone differ by {spread:.4f}: a model and a run this small say nothing of a long one.")
 

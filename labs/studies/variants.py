@@ -67,11 +67,12 @@ def layer_of(cfg: MoEConfig, weights: Weights, tile: int, **options: object) -> 
 
 
 def training_step(layer: OptimizedMoELayer, x_TD: torch.Tensor, grad_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A call: forward and backward for x, router and experts; gradients are dropped before the next. Returns x's."""
+    """A call: forward and backward for x, router and experts. The weights' gradients are dropped at its end, since
+    every variant would keep its own. Returns x's."""
     def step() -> torch.Tensor:
-        layer.zero_grad(set_to_none=True)
         x = x_TD.detach().requires_grad_()
         layer(x).backward(grad_TD)
+        layer.zero_grad(set_to_none=True)
         return x.grad
 
     return step
@@ -100,12 +101,9 @@ def timed(calls: dict[str, Callable], options: Options) -> dict[str, dict]:
 
 def peak_mib(call: Callable[[], torch.Tensor], layer: OptimizedMoELayer, device: torch.device) -> float | None:
     """Memory above weights, input and result; of training, above the weights' gradients too."""
-    call()
-    layer.zero_grad(set_to_none=True)
     with PeakMemory(device) as memory:
         memory.result = call()
-    gradients = sum(p.grad.nbytes for p in layer.parameters() if p.grad is not None)
-    layer.zero_grad(set_to_none=True)
+    gradients = sum(p.nbytes for p in layer.parameters()) if layer.training else 0
     return None if memory.bytes is None else max(0, memory.bytes - gradients) / 2**20
 
 

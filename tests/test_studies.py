@@ -1,0 +1,344 @@
+"""The studies at a tiny size: each runs, leaves JSON that draws the same chart again, and shows what the JSON says.
+
+Their kernels are compiled for sm_90 here too, and held to the marks of what they are said to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from labs import checklist
+from labs.studies import grouped_gemm, moe_basics, routing, study, throughput, token_rounding, what_does_not_help
+
+TINY = {
+    "moe_basics": ["--tokens", "64"],
+    "routing": ["--steps", "2", "--seeds", "1"],
+    "grouped_gemm": [],
+    "io_overlap": [],
+    "token_rounding": ["--steps", "2", "--seeds", "1"],
+    "throughput": [],
+    "variants": ["--sizes", "small"],
+    "peers": ["--tokens", "16"],
+    "what_does_not_help": [],
+}
+SHARED = ("__init__", "study", "byte_lm")
+
+
+def study_of(name: str) -> study.Study:
+    return importlib.import_module(f"labs.studies.{name}").STUDY
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads a test on two cores wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """name -> (record, folder), each study run once, when first asked for."""
+    found = {}
+
+    def run(name: str) -> tuple[dict, Path]:
+        if name not in found:
+            folder = tmp_path_factory.mktemp(name)
+            assert study.main(study_of(name), ["--device", "cpu", "--quick", "--out", str(folder), *TINY[name]]) == 0
+            (path,) = folder.glob("*.json")
+            found[name] = json.loads(path.read_text()), folder
+        return found[name]
+
+    return run
+
+
+def test_every_study_is_tested():
+    files = {path.stem for path in Path(study.__file__).parent.glob("*.py")} - set(SHARED)
+    assert files == set(TINY)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_study_leaves_figures_a_chart_and_a_sentence(ran, name, capsys):
+    record, folder = ran(name)
+    one = study_of(name)
+    assert record["question"] == one.question
+    assert record["question"].endswith("?")
+    assert record["environment"]["commit"]
+    assert record["conclusion"].endswith(one.conclude(record["figures"])), "the sentence is computed from the figures"
+    assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.svg"))) >= 1
+    assert "NaN" not in json.dumps(record)
+
+
+@pytest.mark.parametrize("name", ["grouped_gemm", "routing"])
+def test_plot_draws_the_same_again(ran, name, tmp_path, capsys):
+    _, folder = ran(name)
+    (path,) = folder.glob("*.json")
+    assert study.main(study_of(name), ["--plot", str(path), "--out", str(tmp_path)]) == 0
+    for drawn in folder.glob("*.svg"):
+        assert (tmp_path / drawn.name).read_bytes() == drawn.read_bytes()
+    assert not list(tmp_path.glob("*.json")), "drawing measures nothing"
+
+
+def test_plot_refuses_another_studys_file(ran, tmp_path, capsys):
+    _, folder = ran("moe_basics")
+    (path,) = folder.glob("*.json")
+    assert study.main(study_of("routing"), ["--plot", str(path)]) == 2
+    assert "'moe_basics'" in capsys.readouterr().err
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert study.main(study_of("routing"), ["--plot", str(broken)]) == 2
+
+
+def lines(fig: plt.Figure) -> dict[str, list[float]]:
+    """Label -> y values of every line with a label."""
+    return {line.get_gid(): list(line.get_ydata()) for ax in fig.axes for line in ax.lines if line.get_gid()}
+
+
+def bars(fig: plt.Figure) -> list[float]:
+    """Heights of all bars."""
+    return [bar.get_height() for ax in fig.axes for bar in ax.patches]
+
+
+def test_charts_show_the_jsons_figures(ran):
+    figures = ran("grouped_gemm")[0]["figures"]
+    drawn = lines(grouped_gemm.draw(figures, "")[""])
+    for name in ("loop of cuBLAS", "grouped_mm"):
+        values = [point["methods"][name]["tflops"]["p50"] for point in figures["by_experts"]]
+        assert drawn[name] == values, f"{name}: the right panel, drawn last"
+
+    figures = ran("moe_basics")[0]["figures"]
+    heights = [bar.get_height() for bar in moe_basics.draw(figures, "")[""].axes[0].patches]
+    assert heights == figures["rows_per_expert"]
+
+    figures = ran("routing")[0]["figures"]
+    charts = routing.draw(figures, "")
+    heat = charts[""].axes[0].images[0].get_array()
+    assert torch.equal(torch.tensor(heat), torch.tensor(figures["heat_map"], dtype=torch.float64))
+    for name, one in figures["training"]["remedies"].items():
+        assert lines(charts["training"])[name] == pytest.approx([sum(step) / len(step)
+                                                                 for step in zip(*one["gini"], strict=True)])
+
+    figures = ran("what_does_not_help")[0]["figures"]
+    gains = [point["gain"] for one in figures["ideas"] if one["status"] == "ok" for point in one["points"]]
+    assert bars(what_does_not_help.draw(figures, "")[""]) == pytest.approx(gains)
+
+    figures = ran("throughput")[0]["figures"]
+    drawn = lines(throughput.draw(figures, "")[""])
+    assert drawn["tokens_per_day"] == pytest.approx([one["tokens_per_day"] / 1e9 for one in figures["curve"]])
+
+    figures = ran("token_rounding")[0]["figures"]
+    drawn = lines(token_rounding.draw(figures, "")["quality"])
+    for mode, one in figures["quality"]["modes"].items():
+        assert drawn[f"{mode} seeds"] == [run[-1][1] for run in one["evaluations"]]
+    plt.close("all")
+
+
+# ---- what single studies must not get wrong --------------------------------------------------------
+
+def test_moe_basics_shows_the_steps_in_numbers(ran):
+    book = ran("moe_basics")[0]["figures"]["book"]
+    for t, out in enumerate(book["out"]):
+        chosen = [line for line in book["chosen"] if line["token"] == t]
+        total = [sum(line["score"] * line["y"][d] for line in chosen) for d in range(3)]
+        assert total == pytest.approx(out, abs=1e-6)
+
+
+def test_balance_loss_is_one_when_even_and_E_at_worst():
+    even_TE = torch.full((8, 4), 0.25)
+    assert moe_basics.balance_loss(even_TE, torch.arange(8)[:, None] % 4) == pytest.approx(1)
+    one_TE = torch.zeros(8, 4).index_fill_(1, torch.tensor([2]), 1.0)
+    assert moe_basics.balance_loss(one_TE, torch.full((8, 1), 2)) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, float("inf")])
+def test_zipf_counts_are_whole_rows_that_sum_up(exponent):
+    counts_E = grouped_gemm.zipf_counts(1000, 7, exponent)
+    assert int(counts_E.sum()) == 1000
+    assert int(counts_E.min()) >= 0
+    if exponent == 0:
+        assert int(counts_E.max() - counts_E.min()) <= 1
+    if exponent == float("inf"):
+        assert int(counts_E.max()) == 1000
+
+
+def test_a_wrong_grouped_gemm_is_not_timed(monkeypatch, tmp_path):
+    """Planted fault: one expert's product is left out."""
+    def faulty(case: grouped_gemm.Case) -> None:
+        grouped_gemm.loop_of_cublas(case)
+        case.out_RN[:int(case.counts_E[0])] = 0
+
+    monkeypatch.setitem(grouped_gemm.CALLS, "grouped_mm", faulty)
+    with pytest.raises(RuntimeError, match=r"grouped_mm: relative error .* is over"):
+        study.main(grouped_gemm.STUDY, ["--device", "cpu", "--quick", "--out", str(tmp_path)])
+
+
+def test_capacity_drops_the_weakest_scores_first(ran):
+    for rows in ran("routing")[0]["figures"]["capacity"].values():
+        for row in rows:
+            assert row["by_score"]["rows"] == row["by_position"]["rows"]
+            assert row["by_score"]["score"] <= row["by_position"]["score"] + 1e-12
+    temperatures = ran("routing")[0]["figures"]["temperatures"]
+    assert all(one["same_choice"] == 1 for one in temperatures)
+
+
+def test_rounding_fills_every_tile(ran):
+    for point in ran("token_rounding")[0]["figures"]["speed"]:
+        assert all(one["utilisation"] == 1 for mode, one in point["modes"].items() if mode != "exact")
+        assert point["modes"]["up"]["dropped"] == point["modes"]["exact"]["dropped"] == 0
+
+
+def turning(gains: list[float]) -> str:
+    return what_does_not_help.turning_size([{"size": 10**i, "gain": gain} for i, gain in enumerate(gains)])
+
+
+def test_turning_size():
+    assert turning([0.5, 0.8, 1.2]) == "gains above a size between 10 and 100"
+    assert turning([1.5, 0.8]) == "gains below a size between 1 and 10"
+    assert turning([0.5, 0.9, 0.7]).startswith("nowhere measured; nearest at 10, 0.900")
+    assert turning([1.5, 1.2]) == "gains everywhere measured, least at 10"
+
+
+# ---- throughput ------------------------------------------------------------------------------------
+
+def throughput_of(tmp_path: Path, *words: str) -> int:
+    return study.main(throughput.STUDY, ["--device", "cpu", "--out", str(tmp_path), *words])
+
+
+def factor(text: str) -> float:
+    return float(re.search(r"([\d.,]+) times the", text)[1].replace(",", ""))
+
+
+def test_throughput_refuses_the_seeds_claim(tmp_path, capsys):
+    """186 billion tokens a day of DeepSeek-V3 on 8 H100s."""
+    assert throughput_of(tmp_path, "--config", "deepseek-v3", "--hardware", "h100", "--num-gpus", "8", "--layer-ms",
+                         "12", "--layer-tokens", "4096", "--sequence", "1", "--claim", "186e9") == 1
+    assert factor(capsys.readouterr().err) == pytest.approx(60, rel=0.02)
+    assert not list(tmp_path.iterdir()), "a refused result is not written"
+
+
+def test_throughput_refuses_a_layer_above_the_peak(tmp_path, capsys):
+    flops = 6 * 16384 * 8 * 2048 * 768
+    at_peak_ms = flops / throughput.HARDWARE["h200"].tflops / 1e9
+    words = ["--config", "qwen3-30b-a3b", "--layer-tokens", "16384", "--layer-ms"]
+    assert throughput_of(tmp_path, *words, str(at_peak_ms / 2)) == 1
+    assert factor(capsys.readouterr().err) == pytest.approx(2, rel=0.01)
+    assert throughput_of(tmp_path, *words, str(at_peak_ms * 1.01)) == 0
+
+
+def test_throughput_follows_from_its_assumptions(tmp_path, capsys):
+    words = ["--config", "mixtral-8x7b", "--hardware", "a100", "--layer-ms", "100", "--layer-tokens", "8192", "--price",
+             "2", "--num-gpus", "4", "--doubling-efficiency", "1", "--mode", "inference"]
+    assert throughput_of(tmp_path, *words) == 0
+    figures = json.loads(next(tmp_path.glob("*.json")).read_text())["figures"]
+    model, flops = throughput.MODELS["mixtral-8x7b"], throughput.flops_a_token(
+        throughput.MODELS["mixtral-8x7b"], throughput.preset("mixtral-8x7b"), 4096)
+    seconds = model.moe_layers * 0.1 / 8192 + flops["other"] / (312e12 * 0.5)
+    case = figures["case"]
+    assert case["tokens_per_s"] == pytest.approx(4 / seconds)
+    assert case["dollars_per_trillion"] == pytest.approx(1e12 / case["tokens_per_s"] / 3600 * 4 * 2)
+    assert case["tokens_per_day"] == pytest.approx(case["ideal_per_day"])
+    assert case["share_of_peak"] < 1
+    names = " ".join(name for name, _ in figures["assumptions"])
+    for option in ("--times", "--hardware", "--backward", "--other-efficiency", "--doubling-efficiency", "--price"):
+        assert option in names
+
+
+def test_other_hardware_takes_the_worse_of_its_two_limits():
+    h200, h100, b200 = (throughput.HARDWARE[name] for name in ("h200", "h100", "b200"))
+    measured = {"ms": 1.0}
+    assert throughput.scaled_layer_ms(measured, h100, h200) == pytest.approx(4.8 / 3.35)
+    assert throughput.scaled_layer_ms(measured, b200, h200) == pytest.approx(4.8 / 8.0)
+    assert throughput.scaled_layer_ms(measured, h100, None) == 1.0
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--num-gpus", "0"], "--num-gpus 0"),
+    (["--other-efficiency", "1.5"], "--other-efficiency 1.5"),
+    (["--layer-ms", "5"], "--layer-tokens"),
+    (["--times", "no/such/file.json"], "no/such/file.json"),
+    (["--level", "no such level"], "no such level"),
+])
+def test_throughput_names_the_argument_that_cannot_be(tmp_path, capsys, words, said):
+    assert throughput_of(tmp_path, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_recorded_throughputs_are_below_the_peak():
+    """Of the files in plots/: nothing on record that no GPU can do."""
+    for path in (study.ROOT / "plots" / "studies").glob("*_throughput_*.json"):
+        figures = json.loads(path.read_text())["figures"]
+        assert all(one["share_of_peak"] < 1 for one in [figures["case"], *figures["curve"]])
+
+
+def test_recorded_studies_still_say_what_their_figures_say():
+    """Of the files in plots/studies: the sentence is what today's code computes from the figures."""
+    for path in (study.ROOT / "plots" / "studies").glob("*.json"):
+        record = json.loads(path.read_text())
+        if record["study"] in TINY:
+            assert record["conclusion"] == study_of(record["study"]).conclude(record["figures"]), path.name
+
+
+# ---- the checklist ---------------------------------------------------------------------------------
+
+def test_checklist_says_pass_or_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(checklist, "load_within_2x", lambda device: checklist.Outcome(True, "not trained here"))
+    monkeypatch.setitem(checklist.ITEMS, "load within 2x", checklist.load_within_2x)
+    assert checklist.main(["--device", "cpu"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == len(checklist.ITEMS)
+    for line in out:
+        assert line.startswith(("pass  ", "n/a   ")), line
+        assert ("n/a (needs CUDA)" in line) == line.startswith("n/a")
+
+
+def test_checklist_fails_with_a_failing_line(monkeypatch, capsys):
+    monkeypatch.setitem(checklist.ITEMS, "grouped faster than sequential",
+                        lambda device: checklist.Outcome(False, "0.9 times as fast, wanted above 1"))
+    assert checklist.main(["--device", "cpu", "grouped", "forward"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  grouped faster than sequential: 0.9 times" in out
+    assert "pass  basic MoE forward works" in out
+
+
+def test_checklist_knows_its_lines(capsys):
+    assert checklist.main(["no such line"]) == 2
+    assert "grouped faster than sequential" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_checklist_is_green_on_a_gpu(capsys):
+    assert checklist.main([]) == 0
+    assert "n/a" not in capsys.readouterr().out
+
+
+# ---- machine code ----------------------------------------------------------------------------------
+
+def test_kernels_compile_for_hopper():
+    from tests.machine_code import Request, compile_all
+
+    grouped = {"a_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*bf16", "log_ptr": "*i64", "offsets_ptr": "*i32",
+               "E": "i32", "N": "i32", "K": "i32"}
+    scatter = {"hidden_ptr": "*bf16", "down_ptr": "*bf16", "out_ptr": "*fp32", "token_of_row_ptr": "*i32",
+               "score_of_row_ptr": "*fp32", "offsets_ptr": "*i32", "E": "i32", "D": "i32", "F": "i32"}
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "E_POW2": 64}
+    found = compile_all([
+        Request("persistent", "labs.studies.grouped_gemm", "persistent_kernel", grouped, {**blocks, "LOG": 1},
+                ("a_ptr", "w_ptr", "out_ptr", "log_ptr", "N", "K"), 8, 3),
+        Request("atomic", "labs.studies.what_does_not_help", "scatter_down_kernel", scatter, {**blocks, "ATOMIC": 1},
+                ("hidden_ptr", "down_ptr", "out_ptr", "D", "F"), 8, 3),
+    ])
+    for name, code in found.items():
+        assert code.count("HGMMA") > 0, name
+        assert code.count(r"LDL|STL") == 0, f"{name} spills"
+    assert found["persistent"].count(r"S2U?R|CS2R") > 0
+    assert found["atomic"].count(r"RED|ATOM") > 0
