@@ -46,7 +46,7 @@ def measure(options: Options) -> dict:
         if options.full:  # kernels compile before the clock starts
             train(factory, size, steps=2, seed=args.seed, device=options.device, progress=None)
         run = train(factory, size, steps=steps, seed=args.seed, device=options.device,
-                    evaluate_every=max(1, steps // 10), progress=f"train_byte_lm: {name}")
+                    evaluate_every=max(1, steps // 5), progress=f"train_byte_lm: {name}")
         runs[name] = summary(run, backend)
     return {"size": runs[OPTIMIZED].pop("size"), "text": run.text, "steps": steps, "seed": args.seed,
             "dtype": run.dtype, "runs": runs}

@@ -356,6 +356,16 @@ def test_logits_of_low_precision_tokens_are_float32(device):
     assert relative_error(logits_TE, x_TD.double() @ router.weight.double().T) < 1e-5
 
 
+def test_the_router_learns_from_the_whole_gradient(device):
+    """In bfloat16 the router's gradients err by their own rounding alone: products of bfloat16 parts lose nothing."""
+    router = Router(64, 8, 2, device=device, dtype=torch.bfloat16)
+    x_TD = torch.randn(300, 64, device=device).bfloat16().requires_grad_()
+    grad_TE = torch.randn(300, 8, device=device)
+    router(x_TD).logits_TE.backward(grad_TE)
+    assert relative_error(x_TD.grad, grad_TE.double() @ router.weight.double()) < 2.5e-3
+    assert relative_error(router.weight.grad, grad_TE.double().T @ x_TD.double()) < 2.5e-3
+
+
 # ---- losses --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("E", "K"), [(4, 1), (8, 2), (6, 6)])

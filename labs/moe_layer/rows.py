@@ -150,8 +150,8 @@ class Combine(torch.autograd.Function):
         y_RD, scores, *arrays = ctx.saved_tensors
         rows = ctx.kind(*arrays)
         grad_RD = rows.take(grad_TD)
-        grad_score_R = torch.linalg.vecdot(grad_RD.to(scores.dtype), y_RD.to(scores.dtype))
+        grad_score_R = (grad_RD * y_RD).sum(dim=1, dtype=scores.dtype)
         if rows.unused_R1 is not None:
             grad_score_R = grad_score_R.masked_fill_(rows.unused_R1[:, 0], 0)  # 0 * NaN of an unwritten row
         score_R1 = rows.scores_of_rows(scores)[:, None]
-        return (grad_RD * score_R1).to(y_RD.dtype), rows.scores_from_rows(grad_score_R), None
+        return torch.mul(grad_RD, score_R1, out=grad_RD), rows.scores_from_rows(grad_score_R), None

@@ -64,7 +64,7 @@ class Size:
 
 
 SMALL = Size(L=2, D=64, H=2, F=64, E=8, K=2, batch=8, sequence=64)
-LARGE = Size(L=3, D=512, H=8, F=512, E=16, K=2, batch=16, sequence=512)
+LARGE = Size(L=2, D=512, H=8, F=512, E=8, K=2, batch=16, sequence=512)
 
 
 def moe_factory(size: Size, **options) -> MoEFactory:
