@@ -2,7 +2,9 @@
 
 Adds   token rounding of the router's choice: the rows of each expert become a multiple of the GEMM's tile.
 Why    an expert's last row tile is half empty on average and costs what a full one does: E * tile / 2 of
-       T*K + E * tile / 2 rows multiplied are padding. Level 6 also sorts all T*K rows by expert.
+       T*K + E * tile / 2 rows multiplied are padding. Level 6 also sorts all T*K rows, and the compiler's sum
+       over a token's rows is far from copy speed. Both go here too, which is no merit of rounding: what that
+       brings is read against exact top-k with the same kernels, by labs/kernels/rounding_cost.py.
 How    an expert chosen by f tokens gets the nearest multiple of the tile: it drops its weakest tokens, or adds
        its best that were not chosen; in labs/kernels/rounding.py, where level 8 finds it too (a level imports
        no other level; the kernels' folder stands beside them). Four small kernels take the place of the sort:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import types
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 import level_runner
 from common.config import MoEConfig, Workload
@@ -18,6 +20,7 @@ from common.measure import count_host_syncs, gate, profile_call
 from common.model import Weights, make_inputs, make_weights, oracle
 from common.results import load
 from common.rounded import Rounding, broken_rule, rounded_oracle
+from labs.kernels import rounding_cost
 from labs.kernels.rounding import describe, plan_rounding
 from tests.cases import LEVELS
 from tests.test_rounding import MODES, round_slowly
@@ -364,6 +367,22 @@ def test_level_7_tells_only_of_graphs_that_it_keeps(real, monkeypatch):
     assert list(forward.graphs) == [1026, 1027]
     assert forward.rounded.keys() >= forward.graphs.keys()
     assert len(forward.rounded) <= 3
+
+
+RECORDED = sorted(rounding_cost.FOLDER.glob("*.json"))
+
+
+def test_the_recorded_cost_is_within_its_limit():
+    """At T=16384, E=128: at most 5% of the exact layer's time. And every recorded row is right."""
+    runs = [run for path in RECORDED for run in load(path)]
+    assert all(row.status == "ok" for run in runs for row in run.rows)
+    (run,) = [run for run in runs if (run.shape["T"], run.shape["E"]) == (16384, 128)]
+    rounded = [row for row in run.levels if row.variant == "rounded"]
+    assert {row.rounding["tile"] for row in rounded} == {64, 128, 256}
+    assert all(0 < row.rounding["gpu_us"] / 1e3 <= 0.05 * run.levels[0].wall_ms.p50 for row in rounded)
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(rounding_cost.cost_table(runs))
+    assert console.export_text().count("nearest 128") == len(runs)
 
 
 @pytest.mark.gpu

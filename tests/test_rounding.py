@@ -549,6 +549,37 @@ def test_real_sizes(T, E, K, scores, mode):
     verify(rounding, Case(T, E, K, tile=128, mode=mode, scores=scores), "cuda")
 
 
+def kept_by_sorting(probs_TE: torch.Tensor, ids_TK: torch.Tensor, tile: int) -> torch.Tensor:
+    """round_slowly for nearest, where its Python would take minutes. Distinct scores only."""
+    T = probs_TE.shape[0]
+    chosen_TE = torch.zeros_like(probs_TE).scatter_(1, ids_TK, 1.0)
+    counts_E = chosen_TE.sum(0).long()
+    floors_E = counts_E // tile * tile
+    rise_E = (2 * (counts_E - floors_E) >= tile) & (counts_E > floors_E) & (floors_E + tile <= T)
+    targets_E = floors_E + tile * rise_E
+    order_TE = torch.argsort(2 * chosen_TE.double() + probs_TE, dim=0, descending=True, stable=True)
+    best_TE = torch.arange(T, device=probs_TE.device)[:, None] < targets_E
+    return torch.zeros_like(best_TE).scatter_(0, order_TE, best_TE)
+
+
+def test_sorting_agrees_with_the_slow_reference():
+    for seed in range(5):
+        case = Case(T=90, E=6, K=2, tile=8, mode="nearest", seed=seed)
+        probs_TE, ids_TK = router(case)
+        assert torch.equal(kept_by_sorting(probs_TE, ids_TK, 8), round_slowly(probs_TE, ids_TK, 8, "nearest"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "E", "K"), [(65536, 256, 8), (32768, 128, 8)])
+def test_large_batches_of_many_experts(T, E, K):
+    case = Case(T, E, K, tile=128, mode="nearest")
+    probs_TE, ids_TK = router(case, "cuda")
+    plan = rounding.plan_rounding(case.config, T, 128)
+    with Guarded():
+        rounded = rounding.round_tokens(probs_TE, ids_TK, plan)
+    assert torch.equal(rounding.dense_scores(rounded, plan) > 0, kept_by_sorting(probs_TE, ids_TK, 128))
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_rounds_new_routing_without_a_sync():
     cases = [Case(T=4096, E=32, K=4, tile=64, mode="nearest", seed=seed) for seed in (0, 1)]

@@ -68,7 +68,7 @@ def cost_table(runs: Sequence[Run]) -> Table:
     """A line for each rounded row: its own microseconds, their share of the exact layer, and the layer's gain."""
     table = Table(title="Cost and gain of rounding", title_justify="left")
     for name in ("preset", "T", "rounding", "us", "of level 6", "level 6 ms", "exact ms", "rounded ms", "gain",
-                 "ideal", "over level 6", "tile use before", "routes changed"):
+                 "ideal", "over 6", "tiles full", "changed"):
         table.add_column(name, justify="left" if name in ("preset", "rounding") else "right", no_wrap=True)
     for run in runs:
         level6, exact = run.levels[0], run.row(EXACT)
@@ -85,7 +85,7 @@ def cost_table(runs: Sequence[Run]) -> Table:
                 f"{found['utilisation_before']:.1%}", f"{found['share_changed']:.1%}")
     table.caption = ("us: GPU time of rounding's own kernels. exact: top-k with level 7's kernels. gain: exact over "
                      "rounded wall time, less 1. ideal: the same if the layer were row tiles of that size and nothing "
-                     "else. routes changed: rows dropped and added, of T*K.")
+                     "else. over 6: level 6 over rounded. changed: rows dropped and added, of T*K.")
     return table
 
 
