@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -166,6 +167,9 @@ def main(argv: list[str] | None = None) -> int:
         except Unsupported as lack:
             console.print(f"[yellow]n/a[/]   {name}: n/a ({lack})")
             continue
+        except Exception as error:  # a line that raises has failed, its traceback shown; the others still run
+            traceback.print_exc()
+            outcome = Outcome(False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         failed |= not outcome.ok
         console.print(f"{'[green]pass[/]' if outcome.ok else '[red]FAIL[/]'}  {name}: {outcome.found}")
     return int(failed)

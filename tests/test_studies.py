@@ -29,6 +29,7 @@ TINY = {
     "variants": ["--sizes", "small"],
     "peers": ["--tokens", "16"],
     "what_does_not_help": [],
+    "reading_a_profile": [],
 }
 SHARED = ("__init__", "study", "byte_lm")
 
@@ -285,7 +286,7 @@ def test_recorded_studies_still_say_what_their_figures_say():
     for path in (study.ROOT / "plots" / "studies").glob("*.json"):
         record = json.loads(path.read_text())
         if record["study"] in TINY:
-            assert record["conclusion"] == study_of(record["study"]).conclude(record["figures"]), path.name
+            assert record["conclusion"] == study.sentence(study_of(record["study"]), record), path.name
 
 
 # ---- the checklist ---------------------------------------------------------------------------------
@@ -308,6 +309,17 @@ def test_checklist_fails_with_a_failing_line(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "FAIL  grouped faster than sequential: 0.9 times" in out
     assert "pass  basic MoE forward works" in out
+
+
+def test_checklist_goes_on_after_a_line_that_raises(monkeypatch, capsys):
+    def broken(device: torch.device) -> checklist.Outcome:
+        raise ValueError("no such kernel")
+
+    monkeypatch.setitem(checklist.ITEMS, "basic MoE forward works", broken)
+    assert checklist.main(["--device", "cpu", "forward", "rounding"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  basic MoE forward works: ValueError: no such kernel" in out
+    assert "pass  utilisation above 95% with rounding" in out
 
 
 def test_checklist_knows_its_lines(capsys):

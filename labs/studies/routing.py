@@ -177,7 +177,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     """One chart of the batch: heat map, loads, drops. One of the trainings: Gini over steps."""
     shape = f"T={figures['T']:,}, E={figures['E']}, K={figures['K']}  |  {under}"
     fig, (left, middle, right) = figure("Routing: who goes where, and what a capacity drops", shape, columns=3)
-    image = left.imshow(figures["heat_map"], aspect="auto", cmap="Blues", vmin=0, vmax=1, gid="heat")
+    image = left.imshow(figures["heat_map"], aspect="auto", cmap="Blues", vmin=0, gid="heat")
     fig.colorbar(image, ax=left, label="score")
     left.set(xlabel="expert", ylabel="token", title="Skewed routing, first tokens")
     for (mode, rows), color in zip(figures["rows_per_expert"].items(), COLORS, strict=False):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import torch
 
@@ -69,7 +70,7 @@ def main(study: Study, argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     try:
         if args.plot:
-            record = load(args.plot, study)
+            record = renew(load(args.plot, study), study, args.plot)
             out = args.out or args.plot.parent
         else:
             device = torch.device(args.device)
@@ -118,7 +119,8 @@ def parse_arguments(study: Study, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, as on a CPU")
     parser.add_argument("--out", type=Path, help="folder for JSON and charts (default: plots/studies with a GPU, "
                                                  "out/studies without)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw this JSON's charts again, measure nothing")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="measure nothing: draw this JSON's "
+                        "charts again, and renew its sentence")
     study.arguments(parser)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available() and not args.plot:
@@ -141,22 +143,41 @@ def shown(path: Path) -> str:
 def make_record(study: Study, figures: dict, stamp: dict, full: bool) -> dict:
     """What the JSON holds. A study that measured nothing itself brings the stamp of what it read."""
     stamp = figures.pop("environment", stamp)
-    small = "" if full or not study.timed else "At this tiny size, whose times say nothing of a GPU: "
     record = {"schema": SCHEMA, "study": study.name, "question": study.question, "full": full, "environment": stamp,
-              "figures": figures, "conclusion": small + study.conclude(figures)}
-    return json.loads(json.dumps(record))  # what is drawn and said first is what can be read back
+              "figures": json.loads(json.dumps(figures))}  # what is drawn and said first is what can be read back
+    return record | {"conclusion": sentence(study, record)}
+
+
+def sentence(study: Study, record: dict) -> str:
+    """What the study concludes from the record's figures."""
+    small = "" if record["full"] or not study.timed else "At this tiny size, whose times say nothing of a GPU: "
+    return small + study.conclude(record["figures"])
+
+
+def renew(record: dict, study: Study, path: Path) -> dict:
+    """The record with the sentence that today's code computes; written back if it was another."""
+    said = sentence(study, record)
+    if said != record["conclusion"]:
+        record = record | {"conclusion": said}
+        write(record, path)
+    return record
 
 
 def save(record: dict, study: Study, folder: Path) -> Path:
-    """Write a record as <gpu>_<study>[_<label>].json; the file is replaced whole or not at all."""
+    """Write a record as <gpu>_<study>[_<label>].json."""
     folder.mkdir(parents=True, exist_ok=True)
     label = study.label(record["figures"])
     slug = gpu_slug(record["environment"])
     path = folder / f"{slug}_{study.name}{'_' + label if label else ''}.json"
+    write(record, path)
+    return path
+
+
+def write(record: dict, path: Path) -> None:
+    """The file is replaced whole or not at all."""
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(scratch, path)
-    return path
 
 
 def load(path: Path, study: Study) -> dict:
@@ -201,7 +222,7 @@ def figure(title: str, under: str, columns: int = 1, widths: list[float] | None 
     fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
                              gridspec_kw={"width_ratios": widths or [1] * columns})
     fig.suptitle(title, fontsize=26, fontweight="bold")
-    fig.supxlabel(under, fontsize=12, color="#555")
+    fig.supxlabel(fill(under, 170), fontsize=12, color="#555")
     return fig, list(axes.flat)
 
 

@@ -257,7 +257,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
         ax.axhline(1, color="black", lw=1)
         ax.set_xscale("log", base=2)
         ax.set_xticks(fills, [f"{fill:g}" for fill in fills])
-        ax.set_ylim(0.6, 1.9)
+        ax.set_ylim(0.9, 2.1)
         ax.set(xlabel="mean rows per expert, in tiles", title=f"tile of {tile} rows")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("GEMMs' time, exact top-k over rounded\n(solid: measured, dashed: ideal; above 1 is faster)")
@@ -269,26 +269,30 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
 
 
 def draw_quality(trained: dict, under: str) -> Figure:
-    """Held-out loss over the steps, and its last value for every seed."""
+    """Held-out loss over the steps; what each mode adds to exact top-k's, seed by seed; the last value of each seed."""
     words = " ".join(f"{letter}={value}" for letter, value in trained["size"].items())
-    fig, (left, right) = figure(
+    fig, (left, middle, right) = figure(
         "Token rounding: quality, evaluated with exact top-k",
         f"byte-level MoE language model, {words}, tile {trained['tile']} (an expert has "
-        f"{trained['rows_per_expert_in_tiles']:g} on average), {trained['seeds']} seeds  |  {under}", columns=2,
-        widths=[1.4, 1])
+        f"{trained['rows_per_expert_in_tiles']:g} on average), {trained['seeds']} seeds  |  {under}", columns=3)
+    exact = trained["modes"]["exact"]["evaluations"]
     for place, ((mode, one), color) in enumerate(zip(trained["modes"].items(), COLORS, strict=False)):
         steps = [step for step, _ in one["evaluations"][0]]
-        spreads = [vars(Spread.of([run[i][1] for run in one["evaluations"]])) for i in range(len(steps))]
-        spread_line(left, steps, spreads, mode, color)
-        ends = last_losses(one)
-        right.plot([place] * len(ends), ends, "o", ms=14, color=color, alpha=0.7, gid=f"{mode} seeds")
-        right.plot([place - 0.25, place + 0.25], [statistics.fmean(ends)] * 2, lw=4, color=color)
-    left.set(xlabel="step", ylabel="held-out loss, nats a byte", title="Median of seeds, 20th to 80th percentile")
-    left.grid(alpha=0.3)
+        at = [[run[i][1] for run in one["evaluations"]] for i in range(len(steps))]
+        spread_line(left, steps, [vars(Spread.of(values)) for values in at], mode, color)
+        gaps = [[value - run[i][1] for value, run in zip(values, exact, strict=True)] for i, values in enumerate(at)]
+        if mode != "exact":
+            spread_line(middle, steps, [vars(Spread.of(values)) for values in gaps], f"{mode} gap", color)
+        right.plot([place] * len(at[-1]), at[-1], "o", ms=14, color=color, alpha=0.7, gid=f"{mode} seeds")
+        right.plot([place - 0.25, place + 0.25], [statistics.fmean(at[-1])] * 2, lw=4, color=color)
+    middle.axhline(0, color="black", lw=2)
+    left.set(xlabel="step", ylabel="held-out loss, nats a byte", title="Loss (median of seeds)")
+    middle.set(xlabel="step", title="Loss less exact top-k's, same seed")
+    right.set_xticks(range(len(trained["modes"])), list(trained["modes"]), fontsize=14)
+    right.set(title="Each seed at the end, and the mean")
     left.legend()
-    right.set_xticks(range(len(trained["modes"])), list(trained["modes"]))
-    right.set(title="After the last step: each seed, and the mean")
-    right.grid(axis="y", alpha=0.3)
+    for ax in (left, middle, right):
+        ax.grid(alpha=0.3)
     return fig
 
 
