@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
+import dataclasses
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from common.config import Workload
 from common.measure import relative_error
@@ -21,6 +26,7 @@ from common.model import make_inputs, make_weights, route_float64
 from labs.kernels import backward, backward_loop
 from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
 from tests.cases import CASES, Case
+from tests.machine_code import ROOT, Compiled, Request, _compile
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float16, torch.float32]
@@ -29,9 +35,8 @@ GRADS = ("x_TD", "router_ED", "gate_up_E2FD", "down_EDF")
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs programs one after the other: five of them, each with several tiles."""
-    if not GPU:
-        monkeypatch.setattr(backward_loop, "sm_count", lambda device: 5)
+    """Five of them, so that each has several tiles; and the interpreter runs one after the other."""
+    monkeypatch.setattr(backward_loop, "sm_count", lambda device: 5)
 
 
 def bound(dtype: torch.dtype) -> float:
@@ -142,6 +147,19 @@ def test_gradients_of_a_rounded_routing_are_the_oracles(case, mode, device):
     assert_right(problem, problem.run(), dtype)
 
 
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("T", "E", "K"), [(1, 1, 1), (5, 3, 3), (129, 7, 2), (300, 130, 3), (700, 20, 4), (0, 4, 2)])
+def test_the_counting_sort_is_a_stable_sort(T, E, K, ids_dtype, device):
+    """Also where a token names an expert twice."""
+    ids_TK = torch.randint(0, E, (T, K), generator=torch.Generator(device).manual_seed(0), device=device)
+    offsets_E1, token_of_row_R, row_of_slot_TK = backward.sort_rows(ids_TK.to(ids_dtype), E)
+    sorted_ids_R, slot_of_row_R = ids_TK.flatten().sort(stable=True)
+    assert torch.equal(token_of_row_R, (slot_of_row_R // K).int())
+    assert torch.equal(row_of_slot_TK.flatten(), slot_of_row_R.argsort().int())
+    assert torch.equal(offsets_E1[1:], torch.bincount(sorted_ids_R, minlength=E).cumsum(0).int())
+    assert offsets_E1[0] == 0
+
+
 @pytest.mark.parametrize("case", [Case("no tokens", T=0, D=32, F=16, E=4, K=2)], ids=str)
 def test_no_tokens_give_zeros(case, device):
     found = Problem(case, DTYPES[0], device).run()
@@ -228,7 +246,7 @@ def planted(fault: Fault, folder: Path):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         copies[part] = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copies[part])
-        if not GPU and part == "_loop":
+        if part == "_loop":
             copies[part].sm_count = lambda device: 5
     return copies[""]
 
@@ -421,3 +439,89 @@ def test_a_captured_step_answers_another_routing(mode, device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+
+
+# ---- machine code --------------------------------------------------------------------------------------------------
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+TABLE = {"offsets_ptr": "*i32", "tiles_ptr": "*i32", "tile_count_ptr": "*i32"}
+
+
+def boxes(*sizes: int) -> str:
+    return f"tensordesc<bf16[{', '.join(map(str, sizes))}]>"
+
+
+def requests(sm: int) -> list[Request]:
+    """Every GEMM of the step for a target, as its launcher asks for it. Loaders are named; the child looks them up."""
+    tile = backward_loop.TILES[sm]
+    M, N, K, how = tile.block_M, tile.block_N, tile.block_K, "tma" if tile.tma else "pointer"
+
+    def one(name: str, file: str, kernel: str, signature: dict[str, str], **constants: object) -> Request:
+        aligned = tuple(argument for argument, kind in signature.items() if kind.startswith("*"))
+        constants |= {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_K": K}
+        return Request(f"{name} sm_{sm}", f"labs.kernels.backward_{file}", kernel, signature, constants, aligned,
+                       tile.warps, tile.stages, sm)
+
+    def operand(*sizes: int) -> str:
+        return boxes(*sizes) if tile.tma else "*bf16"
+
+    gathered = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "weights": operand(2, N // 2, K)}
+    sizes = {"D8": "i32", "F8": "i32"}
+    hidden = {"grad_out_ptr": "*bf16", "token_of_row_ptr": "*i32", "score_of_row_ptr": "*fp32",
+              "weights": operand(1, K, N), "h_ptr": "*bf16", "dh_ptr": "*bf16", "scaled_ptr": "*bf16",
+              "d_scores_ptr": "*fp32", **TABLE, "R": "i32", **sizes}
+    found = [one("up", "gemm", "up_kernel", {**gathered, "h_ptr": "*bf16", "hidden_ptr": "*bf16", **TABLE, **sizes},
+                 load_weights=f"{how}_gate_up"),
+             one("hidden_grad", "gemm", "hidden_grad_kernel", hidden, load_weights=f"{how}_straight")]
+    for layout, box in (("transposed", (1, N, K)), ("straight", (1, K, N))):
+        rows = {"rows": operand(M, K), "weights": operand(*box), "out_ptr": "*bf16", **TABLE, "N8": "i32", "K8": "i32"}
+        found.append(one(f"rows {layout}", "gemm", "rows_kernel", rows, load_weights=f"{how}_{layout}", TMA=tile.tma))
+    for transposed in (False, True):
+        for accumulate in (False, True):
+            weights = {"gathered_ptr": "*bf16", "token_of_row_ptr": "*i32", "sorted_rows": operand(K, N),
+                       "out_ptr": "*fp32" if accumulate else "*bf16", "offsets_ptr": "*i32", "E": "i32", "G8": "i32",
+                       "S8": "i32"}
+            name = f"weight_grad{' transposed' * transposed}{' accumulate' * accumulate}"
+            found.append(one(name, "weights", "weight_grad_kernel", weights, TMA=tile.tma, TRANSPOSED=transposed,
+                             ACCUMULATE=accumulate, E_POW2=128))
+    return found
+
+
+NAMES = [one.name.rpartition(" ")[0] for one in requests(90)]
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, Compiled]:
+    """Request name -> Compiled, in a child without the interpreter."""
+    asked = [dataclasses.asdict(one) for sm in SHARED_MEMORY for one in requests(sm)]
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "tests.test_backward"], cwd=ROOT, env=env, input=json.dumps(asked),
+                          text=True, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: Compiled(**fields) for name, fields in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+@pytest.mark.parametrize("sm", SHARED_MEMORY)
+@pytest.mark.parametrize("name", NAMES)
+def test_machine_code_is_as_planned(code, name, sm):
+    found = code[f"{name} sm_{sm}"]
+    assert found.count("HGMMA" if sm == 90 else "HMMA") > 0, "tensor cores"
+    spilled = 32 if triton.__version__.startswith("3.6") and (name, sm) == ("hidden_grad", 90) else 0
+    assert found.stack_bytes == spilled, "in the epilogue, under Triton 3.6"
+    assert spilled or found.count(r"LDL|STL") == 0
+    assert found.shared_bytes <= SHARED_MEMORY[sm]
+    assert found.count(r"REDG?\.|ATOMG?\.") == 0, "no atomics: bitwise repeatable"
+    assert found.count(r"LDGSTS") == found.count(r"LDGSTS.*128"), "16-byte cp.async"
+    if sm == 90:
+        assert found.count("HGMMA") == 4, "a K step of 64 is four wgmmas of depth 16, both operands from shared memory"
+        assert found.count("UTMALDG") > 0, "weights, or sorted rows, by TMA"
+        assert (found.count("LDGSTS") > 0) == (not name.startswith("rows")), "gathered rows by cp.async, others by TMA"
+
+
+if __name__ == "__main__":
+    compiled = {}
+    for asked in (Request(**fields) for fields in json.load(sys.stdin)):
+        constants = {name: getattr(backward_loop, value) if name == "load_weights" else value
+                     for name, value in asked.constants.items()}
+        compiled[asked.name] = dataclasses.asdict(_compile(dataclasses.replace(asked, constants=constants)))
+    print(json.dumps(compiled))

@@ -29,6 +29,7 @@ import torch
 
 from labs.kernels.backward_gemm import hidden_grad, multiply_rows, up
 from labs.kernels.backward_loop import PlainTile, tile_for
+from labs.kernels.backward_sort import sort_rows
 from labs.kernels.backward_weights import spread_scores, sum_score_grads, weight_grad
 from labs.kernels.combine import combine
 from labs.kernels.launch import require, require_dtype, require_width
@@ -39,22 +40,6 @@ from labs.kernels.tiles import TilePlan, plan_tiles
 # The operators call R what they get: R of an exact routing, C of a rounded one.
 
 MainGrads = tuple[torch.Tensor, torch.Tensor]
-
-
-def sort_rows(expert_ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort the slots by expert, ties in token order: offsets_E1, token_of_row_R, row_of_slot_TK, all int32. No sync.
-
-    expert_ids_TK (T, K), any integer dtype, entries in 0..E-1 (not checked: that would sync).
-    """
-    (T, K), device = expert_ids_TK.shape, expert_ids_TK.device
-    # The radix sort passes over its keys once a byte: 16-bit keys take a quarter of int64's passes.
-    key = torch.int16 if E < 2**15 else torch.int32
-    sorted_ids_R, slot_of_row_R = expert_ids_TK.flatten().to(key).sort(stable=True)
-    bounds_E1 = torch.arange(E + 1, dtype=key, device=device)
-    offsets_E1 = torch.searchsorted(sorted_ids_R, bounds_E1, out_int32=True)
-    row_of_slot_R = torch.empty(T * K, dtype=torch.int32, device=device)
-    row_of_slot_R.scatter_(0, slot_of_row_R, torch.arange(T * K, dtype=torch.int32, device=device))
-    return offsets_E1, (slot_of_row_R // K).int(), row_of_slot_R.view(T, K)
 
 
 def activation_bytes(T: int, D: int, F: int, E: int, K: int, itemsize: int = 2) -> int:
@@ -226,7 +211,7 @@ def moe_experts(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.
     to them, without rounding, and gives autograd none: weight.grad stays as it is. Raises ValueError for arguments
     that do not fit.
     """
-    offsets_E1, token_of_row_R, row_of_slot_TK = sort_rows(expert_ids_TK, gate_up_E2FD.shape[0])
+    offsets_E1, token_of_row_R, row_of_slot_TK = sort_rows(expert_ids_TK.contiguous(), gate_up_E2FD.shape[0])
     return moe_experts_sorted(x_TD, gate_up_E2FD, down_EDF, scores_TK, offsets_E1, token_of_row_R, row_of_slot_TK,
                               main_grads)
 

@@ -24,6 +24,7 @@ import torch
 from labs.kernels.backward_loop import (
     blocks,
     describe,
+    eighths,
     halves,
     multiply_tiles,
     pointer_gate_up,
@@ -121,17 +122,24 @@ def rows_kernel(
 
 # ---- backward -----------------------------------------------------------------------------------------------------
 @triton.jit
-def swiglu_grad(d_hidden, score, h_ptr, dh_ptr, scaled_ptr, row, row_end, column, F):
-    """dH and A' of some columns, stored, from dA' (float32) and H; returns <dA', A> over them, a row each."""
-    columns = column + tl.arange(0, d_hidden.shape[1])
+def load_h(h_ptr, row, row_end, column, F, BLOCK: tl.constexpr):
+    """Gate and up of BLOCK columns of the rows; zeros where there are none."""
+    columns = column + tl.arange(0, BLOCK)
     inside = (row < row_end)[:, None] & (columns < F)[None, :]
     pointers = h_ptr + (row.to(tl.int64) * 2 * F)[:, None] + columns[None, :]
-    gate = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(pointers + F, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=inside, other=0.0), tl.load(pointers + F, mask=inside, other=0.0)
+
+
+@triton.jit
+def swiglu_grad(d_hidden, score, gate, up, dh_ptr, scaled_ptr, row, row_end, column, F):
+    """dH and A' of some columns, stored, from dA' (float32) and H; returns <dA', A> over them, a row each."""
+    gate = gate.to(tl.float32)
+    up = up.to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    store_tile(scaled_ptr, silu * up * score[:, None], row, row_end, column, F, F)
-    d_score = tl.sum(d_hidden * silu * up, 1)
+    hidden = silu * up
+    store_tile(scaled_ptr, hidden * score[:, None], row, row_end, column, F, F)
+    d_score = tl.sum(d_hidden * hidden, 1)
     d_hidden = d_hidden * score[:, None]
     store_tile(dh_ptr, d_hidden * up * (sigmoid + silu * (1 - sigmoid)), row, row_end, column, F, 2 * F)
     store_tile(dh_ptr + F, d_hidden * silu, row, row_end, column, F, 2 * F)
@@ -140,17 +148,24 @@ def swiglu_grad(d_hidden, score, h_ptr, dh_ptr, scaled_ptr, row, row_end, column
 
 @triton.jit
 def finish_hidden_grad(out, acc, row, row_end, column_tile, F):
-    """Epilogue of hidden_grad_kernel, an eighth of the columns after the other: more would not fit into registers."""
+    """Epilogue of hidden_grad_kernel, PARTS of the columns one after the other: more would not fit into registers.
+
+    H of the next part is on its way before a part is stored: the compiler would not move a load over a store.
+    """
     score_of_row_ptr, h_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R = out
-    PART: tl.constexpr = acc.shape[1] // 8
+    PARTS: tl.constexpr = 8
+    COLUMNS: tl.constexpr = acc.shape[1] // PARTS
+    column = column_tile * acc.shape[1]
+    gate, up = load_h(h_ptr, row, row_end, column, F, COLUMNS)
     score = tl.load(score_of_row_ptr + row, mask=row < row_end, other=0.0)
     d_score = tl.zeros((acc.shape[0],), tl.float32)
-    left, right = halves(acc)
-    for part in tl.static_range(8):
-        first, second = halves(left if part < 4 else right)
-        first, second = halves(first if part % 4 < 2 else second)
-        d_score += swiglu_grad(first if part % 2 == 0 else second, score, h_ptr, dh_ptr, scaled_ptr, row, row_end,
-                               column_tile * acc.shape[1] + part * PART, F)
+    for part in tl.static_range(PARTS):
+        next_gate, next_up = gate, up
+        if part + 1 < PARTS:
+            next_gate, next_up = load_h(h_ptr, row, row_end, column + (part + 1) * COLUMNS, F, COLUMNS)
+        d_score += swiglu_grad(eighths(acc)[part], score, gate, up, dh_ptr, scaled_ptr, row, row_end,
+                               column + part * COLUMNS, F)
+        gate, up = next_gate, next_up
     tl.store(d_scores_ptr + column_tile.to(tl.int64) * R + row, d_score, mask=row < row_end)
 
 

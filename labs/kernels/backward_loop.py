@@ -4,9 +4,9 @@
     weights    (E, N, K), (E, K, N) or gate and up together; TMA in boxes that end with the expert, or pointers
     results    from registers, masked: a tile that reaches past its expert's rows stores only its expert's
 
-One program an SM; it owns every grid-th output tile and walks through the K steps of all its tiles in one loop, so that
-the pipeliner issues the loads of a tile while the one before it is multiplied and stored. (tl.range's flatten does that
-too, but keeps a second copy of the epilogue and waits for each multiplication.) Experts may start at any row.
+One program an SM; it owns every grid-th output tile. The loop over tiles and the one over K are made one (flatten), so
+that the pipeliner issues the loads of a tile while the one before it is multiplied and stored. Experts may start at any
+row.
 
     index array     shape     from -> to
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.launch import sm_count
-from labs.kernels.plain_gemm import AMPERE, CONSUMER, HOPPER, PlainTile
+from labs.kernels.plain_gemm import AMPERE, CONSUMER, HOPPER, PlainTile, find_tile
 
 import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
@@ -79,65 +79,32 @@ def pointer_straight(weights, expert, column, k, N, K, BLOCK_N: tl.constexpr, BL
 
 
 @triton.jit
-def find_tile(offsets_ptr, tiles_ptr, tile, column_tiles, wanted, old):
-    """Output tile -> (expert, first row, the expert's end, column tile); `old` unless wanted. Row tiles run fastest."""
-    expert, first_row, row_end, column_tile = old
-    entry = tiles_ptr + tile // column_tiles * 5
-    group_first = tl.load(entry + 3, mask=wanted, other=0)
-    group_size = tl.load(entry + 4, mask=wanted, other=1)
-    local = tile - group_first * column_tiles
-    entry = tiles_ptr + (group_first + local % group_size) * 5
-    expert = tl.load(entry, mask=wanted, other=expert)
-    first_row = tl.load(entry + 1, mask=wanted, other=first_row)
-    row_end = tl.load(offsets_ptr + expert + 1, mask=wanted, other=row_end)
-    return expert, first_row, row_end, tl.where(wanted, local // group_size, column_tile)
-
-
-@triton.jit
 def multiply_tiles(rows, token_of_row_ptr, weights, N, K, offsets_ptr, tiles_ptr, tile_count_ptr, out,
                    read: tl.constexpr, load_weights: tl.constexpr, finish: tl.constexpr, COLUMNS: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """rows times their experts' weights, every grid-th tile; `finish` gets each tile's float32 accumulator.
 
-    One loop over the K steps of all tiles, so that the loads of the next tile are on their way while one is finished.
-    COLUMNS: the columns of N that a tile covers. read: see the table above.
+    COLUMNS: the columns of N that a tile covers. read: "gathered" (pointers through token_of_row), "pointers" or "tma".
     """
     column_tiles = tl.cdiv(N, COLUMNS)
-    grid = tl.num_programs(0)
-    tile = tl.program_id(0)
-    total = tl.load(tile_count_ptr) * column_tiles
-    steps = (total - tile + grid - 1) // grid * tl.cdiv(K, BLOCK_K)
-    m = tl.arange(0, BLOCK_M)
     depth = tl.arange(0, BLOCK_K)
-    expert, first_row, row_end, column_tile = find_tile(offsets_ptr, tiles_ptr, tile, column_tiles, tile < total,
-                                                        (0, 0, 1, 0))
-    # Past the expert's end, load its last row again: cheaper than a mask, and never stored.
-    source = tl.minimum(first_row + m, row_end - 1)
-    if read == "gathered":
-        source = tl.load(token_of_row_ptr + source)
-    k = 0
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(steps):
-        if read == "tma":
-            a = rows.load([first_row, k])
-        else:
-            pointers = rows + (source.to(tl.int64) * K)[:, None] + (k + depth)[None, :]  # passes 2**31 at real sizes
-            a = tl.load(pointers, mask=(k + depth < K)[None, :], other=0.0)
-        w = load_weights(weights, expert, column_tile * COLUMNS, k, N, K, BLOCK_N, BLOCK_K)
-        acc = tl.dot(a, w, acc, input_precision="ieee")
-        last = k + BLOCK_K >= K
-        if last:
-            finish(out, acc, first_row + m, row_end, column_tile, N)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        tile = tl.where(last, tile + grid, tile)
-        more = last & (tile < total)
-        expert, first_row, row_end, column_tile = find_tile(
-            offsets_ptr, tiles_ptr, tile, column_tiles, more, (expert, first_row, row_end, column_tile))
+    for tile in tl.range(tl.program_id(0), tl.load(tile_count_ptr) * column_tiles, tl.num_programs(0), flatten=True):
+        expert, first_row, row_end, column_tile = find_tile(offsets_ptr, tiles_ptr, tile, column_tiles)
+        row = first_row + tl.arange(0, BLOCK_M)
+        # Past the expert's end, load its last row again: cheaper than a mask, and never stored.
+        source = tl.minimum(row, row_end - 1)
         if read == "gathered":
-            source = tl.load(token_of_row_ptr + tl.minimum(first_row + m, row_end - 1), mask=more, other=source)
-        elif read == "pointers":
-            source = tl.minimum(first_row + m, row_end - 1)
-        k = tl.where(last, 0, k + BLOCK_K)
+            source = tl.load(token_of_row_ptr + source)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if read == "tma":
+                a = rows.load([first_row, k])
+            else:
+                pointers = rows + (source.to(tl.int64) * K)[:, None] + depth[None, :]  # passes 2**31 at real sizes
+                a = tl.load(pointers + k, mask=(depth < K - k)[None, :], other=0.0)
+            w = load_weights(weights, expert, column_tile * COLUMNS, k, N, K, BLOCK_N, BLOCK_K)
+            acc = tl.dot(a, w, acc, input_precision="ieee")
+        finish(out, acc, row, row_end, column_tile, N)
 
 
 @triton.jit
@@ -146,6 +113,14 @@ def halves(tile):
     M: tl.constexpr = tile.shape[0]
     N: tl.constexpr = tile.shape[1]
     return tile.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def eighths(tile):
+    """A tile's columns in eight parts, in order."""
+    left, right = halves(tile)
+    quarters = halves(left) + halves(right)
+    return halves(quarters[0]) + halves(quarters[1]) + halves(quarters[2]) + halves(quarters[3])
 
 
 @triton.jit

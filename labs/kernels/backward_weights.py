@@ -81,25 +81,36 @@ def weight_grad_kernel(
     expert = tl.minimum(tile // tiles, E - 1)
     first_row = tl.load(offsets_ptr + expert)
     row_end = tl.load(offsets_ptr + expert + 1)
+    g_first = tile % tiles % g_tiles * BLOCK_M
+    s_first = tile % tiles // g_tiles * BLOCK_N
     token = tl.load(token_of_row_ptr + first_row + i, mask=first_row + i < row_end, other=0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(steps):
-        local = tile % tiles
-        g = local % g_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-        s_first = local // g_tiles * BLOCK_N
-        s = s_first + tl.arange(0, BLOCK_N)
+        last = first_row + BLOCK_K >= row_end
+        next_tile, next_expert, next_row, next_end, next_g, next_s = (
+            tile, expert, first_row + BLOCK_K, row_end, g_first, s_first)
+        if last:
+            next_tile = tile + grid
+            next_expert = tl.minimum(next_tile // tiles, E - 1)
+            next_row = tl.load(offsets_ptr + next_expert)
+            next_end = tl.load(offsets_ptr + next_expert + 1)
+            next_g = next_tile % tiles % g_tiles * BLOCK_M
+            next_s = next_tile % tiles // g_tiles * BLOCK_N
+        next_token = tl.load(token_of_row_ptr + next_row + i, mask=next_row + i < next_end, other=0)
+
+        g = g_first + tl.arange(0, BLOCK_M)
         exists = (first_row + i < row_end)[:, None]
         a = tl.load(gathered_ptr + (token.to(tl.int64) * G)[:, None] + g[None, :], mask=exists & (g < G)[None, :],
                     other=0.0)
         if TMA:
             b = sorted_rows.load([first_row, s_first])
         else:
+            s = s_first + tl.arange(0, BLOCK_N)
             b = tl.load(sorted_rows + ((first_row + i).to(tl.int64) * S)[:, None] + s[None, :],
                         mask=exists & (s < S)[None, :], other=0.0)
         acc = tl.dot(a.T, b, acc, input_precision="ieee")
-        last = first_row + BLOCK_K >= row_end
         if last:
-            matrix = out_ptr + (tile // tiles).to(tl.int64) * G * S  # E * G * S passes 2**31 at real sizes
+            matrix = out_ptr + expert.to(tl.int64) * G * S  # E * G * S passes 2**31 at real sizes
             for part in tl.static_range(2):  # a half of the columns after the other, to spare registers
                 column = s_first + part * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
                 if TRANSPOSED:
@@ -107,11 +118,9 @@ def weight_grad_kernel(
                 else:
                     store_weights(matrix, halves(acc)[part], g, column, G, S, ACCUMULATE)
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        tile = tl.where(last, tile + grid, tile)
-        expert = tl.minimum(tile // tiles, E - 1)
-        row_end = tl.load(offsets_ptr + expert + 1)
-        first_row = tl.where(last, tl.load(offsets_ptr + expert), first_row + BLOCK_K)
-        token = tl.load(token_of_row_ptr + first_row + i, mask=first_row + i < row_end, other=0)
+        tile, expert, first_row, row_end, g_first, s_first = (
+            next_tile, next_expert, next_row, next_end, next_g, next_s)
+        token = next_token
 
 
 @triton.jit
