@@ -36,7 +36,7 @@ from labs.kernels.tall_gemm import PREFETCHED
 
 # D model width, F expert width, E experts, R = T*K routed rows.
 
-FEW_ROWS = 96  # mean rows an expert up to which the weights' bytes take longer than the arithmetic
+FEW_ROWS = 66  # mean rows an expert up to which the weights' bytes take longer than the arithmetic
 MOST_FEW_ROWS = 128  # beyond which a search does not try few_rows; rounding starts here, and has no work list
 TALL_ROWS = 176  # mean rows an expert up to which most experts fit one tile of 192
 GATHER_WIDTH = 1024  # F up to which gathering in the loads costs less than gathering before
@@ -138,13 +138,18 @@ def parse(fields: list) -> Choice:
 
 
 def median_ms(call: Callable[[], object]) -> float:
-    """Milliseconds on the GPU, the median of a few calls after one that compiles and warms."""
-    call()
+    """Milliseconds on the GPU, the median of a few replays of one captured call: launched one by one, its kernels would
+    wait for the host."""
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
     taken = []
     for _ in range(TIMED_CALLS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        graph.replay()
         end.record()
         end.synchronize()
         taken.append(start.elapsed_time(end))
