@@ -207,6 +207,7 @@ def test_turning_size():
     assert turning([1.5, 0.8]) == "gains below a size between 1 and 10"
     assert turning([0.5, 0.9, 0.7]).startswith("nowhere measured; nearest at 10, 0.900")
     assert turning([1.5, 1.2]) == "gains everywhere measured, least at 10"
+    assert turning([1.5, 1.001]) == "gains, but is even at 10"
 
 
 # ---- throughput ------------------------------------------------------------------------------------

@@ -31,10 +31,11 @@ from labs.studies.study import COLORS, Options, Study, figure, main, plain_table
 
 # What a kernel does, by parts of its name: the first that fits.
 KINDS = {
-    "expert GEMMs": ("grouped_gemm", "up_kernel", "down_kernel", "up_gather_kernel", "up_rows_kernel", "bmm"),
+    "expert GEMMs": ("grouped_gemm", "up_kernel", "up_swiglu", "down_kernel", "up_gather", "up_rows", "bmm"),
     "router GEMM": ("nvjet", "gemm", "cutlass", "logits", "mm"),
     "activation": ("silu",),
-    "sort, top-k, offsets": ("sort", "topk", "searchsorted", "arange", "place", "choose", "route", "softmax", "plan"),
+    "sort, top-k, offsets": ("sort", "topk", "searchsorted", "arange", "place", "choose", "route", "softmax", "plan",
+                             "rank_keys", "round_counts", "select_rows", "list_entries"),
     "gather, combine": ("gather", "index", "combine", "scatter", "spread", "reduce", "sum"),
 }
 REST = "casts, products, copies"

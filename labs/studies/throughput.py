@@ -270,8 +270,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
                 gid=key)
     case = figures["case"]
     ax.annotate(f"{case['gpus']} GPUs: {number(case['tokens_per_day'] / 1e9)} B tokens a day\n"
-                f"{number(case['days_per_trillion'])} days and ${number(case['dollars_per_trillion'] / 1e6)} M "
-                f"a trillion tokens",
+                f"{number(case['days_per_trillion'])} days and ${case['dollars_per_trillion']:,.0f} a trillion tokens",
                 (case["gpus"], case["tokens_per_day"] / 1e9), xytext=(40, -90), textcoords="offset points",
                 arrowprops={"arrowstyle": "->", "lw": 2})
     ax.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="billion tokens a day")
