@@ -291,6 +291,28 @@ def test_a_copy_and_a_state_dict_give_the_same_layer(device):
     assert torch.equal(copy.deepcopy(layer)(x_TD), layer(x_TD))
 
 
+@pytest.mark.parametrize("options", [{}, {"token_rounding": "nearest", "tile_size": 4}, {"capacity_factor": 0.5}],
+                         ids=str)
+def test_torch_compile_takes_the_layer_and_does_not_compile_it_again(options, device):
+    torch._dynamo.reset()
+    layer, x_TD = small(device, **options)
+    compiled = torch.compile(layer, backend="aot_eager")
+    grad_TD = torch.randn_like(x_TD)
+    wanted = measured(layer, x_TD, grad_TD)
+    for _ in range(3):
+        compiled(torch.randn_like(x_TD).requires_grad_())
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    layer.zero_grad()
+    x = x_TD.clone().requires_grad_()
+    out_TD = compiled(x)
+    out_TD.backward(grad_TD)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    parameters = dict(layer.named_parameters())
+    found = Result(out_TD.detach(), {"x": x.grad, **{name: parameters[name].grad for name in NAMES[1:]}})
+    assert_close(found, Result(wanted.out_TD.double(), {name: one.double() for name, one in wanted.gradients.items()}),
+                 1e-5)
+
+
 # ---- backends ------------------------------------------------------------------------------------
 
 def test_the_backend_says_what_runs_and_why():

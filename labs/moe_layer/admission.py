@@ -50,6 +50,7 @@ def drop_over_capacity(
     return expert_ids_TK.masked_fill(~kept_R.view_as(expert_ids_TK), E)
 
 
+@torch.compiler.disable
 def round_choice(probs_TE: torch.Tensor, expert_ids_TK: torch.Tensor, plan: Plan) -> Rounded:
     """Token rounding of the choice (see labs/kernels/rounding.py), by its kernels on a GPU and by PyTorch operations
     on a CPU, where the kernels could only be interpreted. An id of E stands for no choice."""

@@ -74,6 +74,7 @@ def loop(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor,
     return out_TD
 
 
+@torch.compiler.disable  # compiled, grouped_mm takes bfloat16 alone: a graph break instead
 def run_grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted
                 ) -> torch.Tensor:
     """The admitted rows by grouped GEMMs: (T, D) -> (T, D)."""
@@ -103,6 +104,7 @@ def run_kernels(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.
     return moe_experts_rounded(x_TD, gate_up_E2FD, down_EDF, score_of_entry_C, rounded, plan)
 
 
+@torch.compiler.disable  # its row counts are known on the host only
 def run_loop(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted
              ) -> torch.Tensor:
     """The admitted rows, one expert after another. Raises ValueError for a rounded routing: it goes by slots."""

@@ -72,6 +72,7 @@ class LoadRecorder:
         self.sums: tuple[torch.Tensor, ...] | None = None
         self.forwards = 0
 
+    @torch.compiler.disable  # what it keeps grows, which compiled code would be compiled again for
     def record(self, chosen_E: torch.Tensor, computed_E: torch.Tensor, running: bool) -> None:
         """chosen_E and computed_E (E,) int64: rows before and after capacity and rounding. `running` adds them to
         the totals."""
