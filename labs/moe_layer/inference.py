@@ -32,6 +32,11 @@ def build_ladder_layer(cfg: MoEConfig, weights: Weights) -> Forward:
     return lambda x_TD: built.forward(x_TD)[0]
 
 
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; 0 for one made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Replay(NamedTuple):
     """A captured forward and its buffers."""
 
@@ -59,11 +64,12 @@ class GraphedForward:
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a graph cannot be copied; the copied layer makes its own
 
+    @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
     @torch.no_grad()
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """x_TD (T, D) on the weights' GPU -> out_TD, the graph's own buffer."""
         T = x_TD.shape[0]
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in self.weights())
+        state = tuple((tensor.data_ptr(), version(tensor)) for tensor in self.weights())
         if state != self.state:
             self._forget()
             self.state, self.forward = state, self.make_forward()
