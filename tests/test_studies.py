@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
@@ -49,16 +51,28 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """name -> (record, folder), each study run once, when first asked for."""
-    found = {}
+    """name -> (record, folder), each study run once, when first asked for: by one of the test workers for all."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
 
     def run(name: str) -> tuple[dict, Path]:
-        if name not in found:
-            folder = tmp_path_factory.mktemp(name)
-            assert study.main(study_of(name), ["--device", "cpu", "--quick", "--out", str(folder), *TINY[name]]) == 0
-            (path,) = folder.glob("*.json")
-            found[name] = json.loads(path.read_text()), folder
-        return found[name]
+        folder, over = shared / f"study_{name}", shared / f"study_{name}_is_over"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            patience = time.monotonic() + 120
+            while not over.exists():
+                assert time.monotonic() < patience, f"the worker that runs {name} has not ended"
+                time.sleep(0.1)
+        else:
+            try:
+                words = ["--device", "cpu", "--quick", "--out", str(folder), *TINY[name]]
+                assert study.main(study_of(name), words) == 0
+            finally:
+                over.touch()
+        (path,) = folder.glob("*.json")
+        return json.loads(path.read_text()), folder
 
     return run
 
@@ -332,6 +346,28 @@ def test_checklist_knows_its_lines(capsys):
 def test_checklist_is_green_on_a_gpu(capsys):
     assert checklist.main([]) == 0
     assert "n/a" not in capsys.readouterr().out
+
+
+# ---- the learning path ------------------------------------------------------------------------------
+
+LEARNING_PATH = study.ROOT / "labs" / "README.md"
+
+
+def test_the_learning_paths_links_and_commands_exist():
+    text = LEARNING_PATH.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (LEARNING_PATH.parent / target).exists(), target
+    commands = re.findall(r"python (labs/[\w/]+\.py|level_runner\.py)", text)
+    assert len(commands) > 10
+    for path in commands:
+        assert (study.ROOT / path).exists(), path
+    for name in TINY:
+        assert f"{name}.py" in text, f"{name} is nowhere on the path"
+
+
+def test_the_learning_path_lists_the_checklists_lines():
+    for name in checklist.ITEMS:
+        assert f"| {name} |" in LEARNING_PATH.read_text()
 
 
 # ---- machine code ----------------------------------------------------------------------------------

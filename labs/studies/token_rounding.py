@@ -289,7 +289,7 @@ def draw_quality(trained: dict, under: str) -> Figure:
     left.set(xlabel="step", ylabel="held-out loss, nats a byte", title="Loss (median of seeds)")
     middle.set(xlabel="step", title="Loss less exact top-k's, same seed")
     right.set_xticks(range(len(trained["modes"])), list(trained["modes"]), fontsize=14)
-    right.set(title="Each seed at the end, and the mean")
+    right.set(title="At the end: seeds, mean")
     left.legend()
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
