@@ -33,6 +33,7 @@ TINY = {
     "what_does_not_help": [],
     "reading_a_profile": [],
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton's interpreter is for machines without a GPU
 SHARED = ("__init__", "study", "byte_lm")
 
 
@@ -61,13 +62,13 @@ def ran(tmp_path_factory):
         try:
             folder.mkdir()
         except FileExistsError:
-            patience = time.monotonic() + 120
+            patience = time.monotonic() + 300
             while not over.exists():
                 assert time.monotonic() < patience, f"the worker that runs {name} has not ended"
                 time.sleep(0.1)
         else:
             try:
-                words = ["--device", "cpu", "--quick", "--out", str(folder), *TINY[name]]
+                words = ["--device", DEVICE, "--quick", "--out", str(folder), *TINY[name]]
                 assert study.main(study_of(name), words) == 0
             finally:
                 over.touch()
@@ -194,7 +195,7 @@ def test_a_wrong_grouped_gemm_is_not_timed(monkeypatch, tmp_path):
 
     monkeypatch.setitem(grouped_gemm.CALLS, "grouped_mm", faulty)
     with pytest.raises(RuntimeError, match=r"grouped_mm: relative error .* is over"):
-        study.main(grouped_gemm.STUDY, ["--device", "cpu", "--quick", "--out", str(tmp_path)])
+        study.main(grouped_gemm.STUDY, ["--device", DEVICE, "--quick", "--out", str(tmp_path)])
 
 
 def test_capacity_drops_the_weakest_scores_first(ran):
@@ -227,7 +228,7 @@ def test_turning_size():
 # ---- throughput ------------------------------------------------------------------------------------
 
 def throughput_of(tmp_path: Path, *words: str) -> int:
-    return study.main(throughput.STUDY, ["--device", "cpu", "--out", str(tmp_path), *words])
+    return study.main(throughput.STUDY, ["--device", DEVICE, "--out", str(tmp_path), *words])
 
 
 def factor(text: str) -> float:

@@ -125,6 +125,8 @@ def parse_arguments(study: Study, argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available() and not args.plot:
         parser.error("--device cuda: PyTorch sees no GPU here, use --device cpu")
+    if args.device == "cpu" and torch.cuda.is_available():
+        parser.error("--device cpu: Triton chose the GPU when it was imported; hide it with CUDA_VISIBLE_DEVICES=")
     return args
 
 
