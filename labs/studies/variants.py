@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,9 @@ def measure_mode(mode: str, cfg: MoEConfig, T: int, weights: Weights, options: O
             rows[name] = {"status": f"n/a ({lack})"}
         except torch.OutOfMemoryError:
             rows[name] = {"status": "out of memory"}
+        except Exception as error:  # a variant that raises has no time, its traceback shown; the others still run
+            traceback.print_exc()
+            rows[name] = {"status": f"FAILED ({type(error).__name__})"}
     gradients.clear()
     options.say(f"{cfg.name}, {mode}: timing")
     for name, spread in timed(calls, options).items():
