@@ -467,9 +467,9 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     right.set_yticks(range(len(best)), [f"{v['roles']} role{'s' if v['roles'] != 'one' else ''}\n{v['loads']}\n"
                                         f"{figures['block_M']} x {v['block_N']}, depth {v['depth']}" for v in best])
     right.invert_yaxis()
-    right.set_xlim(0, 1.45 * max(v["ms"]["whole"]["p50"] for v in best))
+    right.set_xlim(0, 1.55 * max(v["ms"]["whole"]["p50"] for v in best))
     right.set(xlabel="milliseconds on the GPU", title="The fastest of each kind, and its parts alone")
-    right.legend(fontsize=14, loc="upper right")
+    right.legend(fontsize=14, loc="lower right")
     figs = {"": fig}
     if figures["timeline_cycles"]:
         figs["timeline"] = draw_timeline(figures, shape)

@@ -253,7 +253,10 @@ def plain_table(title: str, headings: list[str], rows: list[list[str]]) -> Table
 
 class GpuClock:
     """Milliseconds between two events on the GPU around one call, with a cold L2: what kernels take, without the
-    host's part. L2 is overwritten several times, so that the host is ahead by then. On a CPU: wall time."""
+    host's part. L2 is overwritten for about half a millisecond, so that the host is that far ahead; a call that waits
+    for the GPU loses this lead. On a CPU: wall time."""
+
+    OVERWRITES = 20
 
     def __init__(self, device: torch.device):
         self.wall = WallClock(device)
@@ -262,7 +265,7 @@ class GpuClock:
         if not self.wall.on_gpu:
             return self.wall(call)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(4):
+        for _ in range(self.OVERWRITES):
             self.wall.flush.zero_()
         start.record()
         call()
