@@ -160,6 +160,19 @@ def test_the_counting_sort_is_a_stable_sort(T, E, K, ids_dtype, device):
     assert offsets_E1[0] == 0
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("mode", ["exact", "nearest", "down"])
+@pytest.mark.parametrize("copied", [False, True], ids=["gathered", "copied"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
+def test_gradients_by_tma_are_the_oracles(case, copied, mode, monkeypatch, device):
+    """The paths of Hopper's tile, where the interpreter would take others: descriptors, and rows copied before."""
+    dtype = DTYPES[0]
+    monkeypatch.setattr(backward_loop, "SMALL", backward_loop.SMALL._replace(tma=True))
+    monkeypatch.setattr(backward_loop, "COPY_FROM", 0 if copied else 2**30)
+    problem = Problem(case, dtype, device, mode, tile=8)
+    assert_right(problem, problem.run(), dtype)
+
+
 @pytest.mark.parametrize("case", [Case("no tokens", T=0, D=32, F=16, E=4, K=2)], ids=str)
 def test_no_tokens_give_zeros(case, device):
     found = Problem(case, DTYPES[0], device).run()
@@ -216,17 +229,16 @@ FAULTS = (
           "d_hidden * gate * (sigmoid + silu * (1 - sigmoid))"),
     Fault("SiLU's second term forgotten", "_gemm", "(sigmoid + silu * (1 - sigmoid))", "sigmoid"),
     Fault("gate and up exchanged in H", "_gemm", "gates, ups = halves(acc)", "ups, gates = halves(acc)"),
-    Fault("tokens of the step before", "_weights",
-          "token = tl.load(token_of_row_ptr + first_row + i, mask=first_row + i < row_end, other=0)\n\n\n", "\n\n\n"),
+    Fault("tokens of the step before", "_weights", "        source = next_source\n", ""),
     Fault("rows past the end multiplied", "_weights", "exists = (first_row + i < row_end)", "exists = (i < BLOCK_K)"),
     Fault("a step too few for ragged experts", "_weights", "tl.cdiv(rows, BLOCK_K)", "rows // BLOCK_K"),
-    Fault("accumulator kept from tile to tile", "_loop",
+    Fault("accumulator kept from tile to tile", "_weights",
           "            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n        tile", "        tile"),
     Fault("weights of the first expert in dX", "_loop", "row = expert.to(tl.int64) * K + depth",
           "row = expert.to(tl.int64) * 0 + depth"),
-    Fault("dW1 not transposed", "", "dh_R2F, offsets_E1, out, tile, transposed=True",
-          "dh_R2F, offsets_E1, out.view(out.shape[0], out.shape[2], out.shape[1]), tile, transposed=False"),
-    Fault("dX weighted twice", "", "ones = torch.ones_like(scores)", "ones = scores"),
+    Fault("dW1 not transposed", "", "weight_grad(x, dh_R2F, offsets_E1, out, tile, transposed=True",
+          "weight_grad(x, dh_R2F, offsets_E1, out.view(-1, *out.shape[:0:-1]), tile, transposed=False"),
+    Fault("dX scaled", "", "ones = torch.ones(", "ones = torch.full(fill_value=0.5, size="),
     Fault("halves of a weight tile exchanged", "_weights", "halves(acc)[part]", "halves(acc)[1 - part]"),
 )
 
@@ -234,7 +246,7 @@ FAULTS = (
 def planted(fault: Fault, folder: Path):
     """backward.py with the fault in it or in a file below it, loaded from copies whose operators have other names."""
     copies = {}
-    for part in ("_loop", "_gemm", "_weights", ""):
+    for part in ("_loop", "_gemm", "_weights", "_sort", ""):
         source = (Path(backward.__file__).parent / f"backward{part}.py").read_text()
         if part == fault.file:
             assert source.count(fault.right) >= 1, "the fault's line is gone: plant it anew"
@@ -353,7 +365,7 @@ def test_autocast_runs_in_its_dtype(device):
 
 
 def operands(problem: Problem, ragged: bool) -> tuple:
-    """Arguments of the forward operator; by entries if ragged, with all rows in use: what others hold is undefined."""
+    """Arguments of both operators; by entries if ragged, with all rows in use: what others hold is undefined."""
     x_TD, gate_up, down = (problem.leaves[name].detach().clone().requires_grad_() for name in ("x_TD", *GRADS[2:]))
     if ragged:
         probs_TE = (x_TD.detach().float() @ problem.leaves["router_ED"].float().T).softmax(1)
@@ -363,13 +375,17 @@ def operands(problem: Problem, ragged: bool) -> tuple:
     else:
         scores = torch.rand(problem.expert_ids_TK.shape, device=x_TD.device)
         index = *backward.sort_rows(problem.expert_ids_TK, problem.cfg.E), None
-    return x_TD, gate_up, down, scores.requires_grad_(), *index, None, None
+    h_R2F, hidden_RF = (one.detach() for one in backward.train_up(x_TD, gate_up, *index, None))
+    for_down = h_R2F.requires_grad_(), hidden_RF, down, scores.requires_grad_(), *index, None
+    return (x_TD, gate_up, *index, None), for_down
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["slots", "entries"])
-def test_the_operator_is_registered_as_pytorch_wants_it(ragged, device):
+def test_the_operators_are_registered_as_pytorch_wants_it(ragged, device):
     problem = Problem(Case("tiny", T=9, D=16, F=16, E=3, K=2), DTYPES[0], device)
-    torch.library.opcheck(backward.experts, operands(problem, ragged))
+    for_up, for_down = operands(problem, ragged)
+    torch.library.opcheck(backward.train_up, for_up)
+    torch.library.opcheck(backward.train_down, for_down)
 
 
 @pytest.mark.parametrize("main", [False, True], ids=["grads", "main_grads"])
@@ -465,29 +481,32 @@ def requests(sm: int) -> list[Request]:
     def operand(*sizes: int) -> str:
         return boxes(*sizes) if tile.tma else "*bf16"
 
-    gathered = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "weights": operand(2, N // 2, K)}
     sizes = {"D8": "i32", "F8": "i32"}
-    hidden = {"grad_out_ptr": "*bf16", "token_of_row_ptr": "*i32", "score_of_row_ptr": "*fp32",
-              "weights": operand(1, K, N), "h_ptr": "*bf16", "dh_ptr": "*bf16", "scaled_ptr": "*bf16",
-              "d_scores_ptr": "*fp32", **TABLE, "R": "i32", **sizes}
-    found = [one("up", "gemm", "up_kernel", {**gathered, "h_ptr": "*bf16", "hidden_ptr": "*bf16", **TABLE, **sizes},
-                 load_weights=f"{how}_gate_up"),
-             one("hidden_grad", "gemm", "hidden_grad_kernel", hidden, load_weights=f"{how}_straight")]
+    found = []
+    for padded in (False, True) if tile.tma else (False,):
+        rows, of = operand(M, K) if padded else "*bf16", " copied" * padded
+        up = {"x": rows, "index_ptr": "*i32", "weights": operand(2, N // 2, K), "h_ptr": "*bf16", "hidden_ptr": "*bf16"}
+        hidden = {"grad_out": rows, "index_ptr": "*i32", "score_of_row_ptr": "*fp32", "weights": operand(1, K, N),
+                  "h_ptr": "*bf16", "dh_ptr": "*bf16", "scaled_ptr": "*bf16", "d_scores_ptr": "*fp32"}
+        found.append(one(f"up{of}", "gemm", "up_kernel", {**up, **TABLE, **sizes}, load_weights=f"{how}_gate_up",
+                         PADDED=padded))
+        found.append(one(f"hidden_grad{of}", "gemm", "hidden_grad_kernel", {**hidden, **TABLE, "R": "i32", **sizes},
+                         load_weights=f"{how}_straight", PADDED=padded))
+        for transposed in (False, True):
+            for accumulate in (False, True):
+                weights = {"gathered": operand(K, M) if padded else "*bf16", "index_ptr": "*i32",
+                           "sorted_rows": operand(K, N), "out_ptr": "*fp32" if accumulate else "*bf16",
+                           "offsets_ptr": "*i32", "E": "i32", "G8": "i32", "S8": "i32"}
+                name = f"weight_grad{of}{' transposed' * transposed}{' accumulate' * accumulate}"
+                found.append(one(name, "weights", "weight_grad_kernel", weights, PADDED=padded, TMA=tile.tma,
+                                 TRANSPOSED=transposed, ACCUMULATE=accumulate, E_POW2=128))
     for layout, box in (("transposed", (1, N, K)), ("straight", (1, K, N))):
         rows = {"rows": operand(M, K), "weights": operand(*box), "out_ptr": "*bf16", **TABLE, "N8": "i32", "K8": "i32"}
         found.append(one(f"rows {layout}", "gemm", "rows_kernel", rows, load_weights=f"{how}_{layout}", TMA=tile.tma))
-    for transposed in (False, True):
-        for accumulate in (False, True):
-            weights = {"gathered_ptr": "*bf16", "token_of_row_ptr": "*i32", "sorted_rows": operand(K, N),
-                       "out_ptr": "*fp32" if accumulate else "*bf16", "offsets_ptr": "*i32", "E": "i32", "G8": "i32",
-                       "S8": "i32"}
-            name = f"weight_grad{' transposed' * transposed}{' accumulate' * accumulate}"
-            found.append(one(name, "weights", "weight_grad_kernel", weights, TMA=tile.tma, TRANSPOSED=transposed,
-                             ACCUMULATE=accumulate, E_POW2=128))
     return found
 
 
-NAMES = [one.name.rpartition(" ")[0] for one in requests(90)]
+NAMES = [(one.name.rpartition(" ")[0], sm) for sm in SHARED_MEMORY for one in requests(sm)]
 
 
 @pytest.fixture(scope="module")
@@ -501,8 +520,7 @@ def code() -> dict[str, Compiled]:
     return {name: Compiled(**fields) for name, fields in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-@pytest.mark.parametrize("sm", SHARED_MEMORY)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "sm"), NAMES)
 def test_machine_code_is_as_planned(code, name, sm):
     found = code[f"{name} sm_{sm}"]
     assert found.count("HGMMA" if sm == 90 else "HMMA") > 0, "tensor cores"
@@ -515,7 +533,8 @@ def test_machine_code_is_as_planned(code, name, sm):
     if sm == 90:
         assert found.count("HGMMA") == 4, "a K step of 64 is four wgmmas of depth 16, both operands from shared memory"
         assert found.count("UTMALDG") > 0, "weights, or sorted rows, by TMA"
-        assert (found.count("LDGSTS") > 0) == (not name.startswith("rows")), "gathered rows by cp.async, others by TMA"
+        gathered = not name.startswith("rows") and "copied" not in name
+        assert (found.count("LDGSTS") > 0) == gathered, "gathered rows by cp.async, others by TMA"
 
 
 if __name__ == "__main__":

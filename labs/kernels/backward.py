@@ -7,12 +7,11 @@
 Kept for the backward: x, the pre-activations H (R, 2F), scores, and two int32 index arrays. Not the gathered x, not the
 activation, not the experts' output (SonicMoE, arXiv 2512.14080). Bytes, beside the weights: activation_bytes().
 
-    forward    up -> H, A                 rows_kernel: y = A down.T       combine -> out
-    backward   hidden_grad -> dH, A', dS  weight_grad: dW2   rows_kernel: dX~ = dH gate_up   combine -> dX
-               weight_grad: dW1
+    train_up    up -> H, A                           backward: rows_kernel: dX~ = dH gate_up, combine -> dX; dW1
+    train_down  rows_kernel: y = A down.T, combine   backward: hidden_grad -> dH, A', dS; dW2
 
-Both are PyTorch operators with fake implementations, so torch.compile takes the whole as two nodes; they make no host
-sync and can be captured, and torch.utils.checkpoint recomputes them. Under autocast, x and the weights are cast to its
+Both are PyTorch operators with fake implementations, so torch.compile takes them as they are; they make no host sync
+and can be captured, and torch.utils.checkpoint recomputes them. Under autocast, x and the weights are cast to its
 dtype. Two runs agree bit for bit.
 
     index array        shape     from -> to
@@ -28,11 +27,11 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.backward_gemm import hidden_grad, multiply_rows, up
-from labs.kernels.backward_loop import PlainTile, tile_for
+from labs.kernels.backward_loop import PlainTile, rows_of_tokens, tile_for
 from labs.kernels.backward_sort import sort_rows
 from labs.kernels.backward_weights import spread_scores, sum_score_grads, weight_grad
 from labs.kernels.combine import combine
-from labs.kernels.launch import require, require_dtype, require_width
+from labs.kernels.launch import require_dtype, require_width
 from labs.kernels.rounding import Plan, Rounded, combine_rounded
 from labs.kernels.tiles import TilePlan, plan_tiles
 
@@ -63,140 +62,189 @@ def _sum_rows(y_RD: torch.Tensor, scores: torch.Tensor, offsets_E1: torch.Tensor
 
 def _check(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
            offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
-           first_of_token_T1: torch.Tensor | None, gate_up_main_grad: torch.Tensor | None,
-           down_main_grad: torch.Tensor | None) -> None:
-    """Raise ValueError, naming the argument, where shapes, dtypes, devices or strides do not fit."""
+           first_of_token_T1: torch.Tensor | None, main_grads: MainGrads | None) -> None:
+    """Raise ValueError, naming the argument, where shapes, dtypes or devices do not fit. Strides are the kernels' to
+    check: a tensor that the compiler traces need not have those that it will run with."""
     (T, D), device, dtype = x_TD.shape, x_TD.device, x_TD.dtype
     E, F = down_EDF.shape[0], down_EDF.shape[-1]
     if device.type != "cuda" or dtype != torch.float32:  # float32 runs on a GPU too, in small tiles and slowly
         require_dtype("x_TD", x_TD)
     require_width("D", D)
     require_width("F", F)
-    require("x_TD", x_TD, (T, D), dtype, device)
-    require("gate_up_E2FD", gate_up_E2FD, (E, 2 * F, D), dtype, device)
-    require("down_EDF", down_EDF, (E, D, F), dtype, device)
     R = token_of_row_R.numel()
-    if R >= 2**30 or row_of_entry.numel() != R:
+    if row_of_entry.numel() != R or R >= 2**30:
         raise ValueError(f"row_of_entry has {row_of_entry.numel()} entries, token_of_row_R {R}: need as many, "
                          f"fewer than 2**30")
-    require("scores", scores, tuple(row_of_entry.shape), torch.float32, device)
-    require("row_of_entry", row_of_entry, tuple(row_of_entry.shape), torch.int32, device)
-    require("token_of_row_R", token_of_row_R, (R,), torch.int32, device)
-    require("offsets_E1", offsets_E1, (E + 1,), torch.int32, device)
+    expected = {"gate_up_E2FD": (gate_up_E2FD, (E, 2 * F, D), dtype), "down_EDF": (down_EDF, (E, D, F), dtype),
+                "scores": (scores, tuple(row_of_entry.shape), torch.float32),
+                "row_of_entry": (row_of_entry, tuple(row_of_entry.shape), torch.int32),
+                "token_of_row_R": (token_of_row_R, (R,), torch.int32),
+                "offsets_E1": (offsets_E1, (E + 1,), torch.int32)}
+    if first_of_token_T1 is None and (row_of_entry.dim() != 2 or row_of_entry.shape[0] != T):
+        raise ValueError(f"row_of_slot_TK has shape {tuple(row_of_entry.shape)}, but needs (T, K) of T={T}")
     if first_of_token_T1 is not None:
-        require("first_of_token_T1", first_of_token_T1, (T + 1,), torch.int32, device)
-    for name, grad, like in (("gate_up_main_grad", gate_up_main_grad, gate_up_E2FD),
-                             ("down_main_grad", down_main_grad, down_EDF)):
-        if grad is not None:
-            require(name, grad, tuple(like.shape), torch.float32, device)
+        expected["first_of_token_T1"] = first_of_token_T1, (T + 1,), torch.int32
+    if main_grads is not None:
+        expected["main_grads[0]"] = main_grads[0], (E, 2 * F, D), torch.float32
+        expected["main_grads[1]"] = main_grads[1], (E, D, F), torch.float32
+    for name, (tensor, shape, wanted) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but needs {shape}")
+        if tensor.dtype != wanted or tensor.device != device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, but needs {wanted} on {device}")
 
 
-def _plan(x_TD: torch.Tensor, offsets_E1: torch.Tensor, R: int) -> tuple[PlainTile, TilePlan]:
-    tile = tile_for(x_TD.device, x_TD.dtype)
+def _plan(like: torch.Tensor, offsets_E1: torch.Tensor, R: int) -> tuple[PlainTile, TilePlan]:
+    """The tile of this device and dtype, and the row tiles of this routing."""
+    tile = tile_for(like.device, like.dtype)
     return tile, plan_tiles(offsets_E1, R, tile.block_M)
 
 
-@torch.library.custom_op("moe_lab::train_experts", mutates_args=())
-def experts(
-    x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
-    offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
-    first_of_token_T1: torch.Tensor | None, gate_up_main_grad: torch.Tensor | None,
-    down_main_grad: torch.Tensor | None,
+@torch.library.custom_op("moe_lab::train_up", mutates_args=())
+def train_up(
+    x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor,
+    row_of_entry: torch.Tensor, first_of_token_T1: torch.Tensor | None, main_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out_TD and the pre-activations h_R2F. The main grads are for the backward."""
-    _check(x_TD, gate_up_E2FD, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1,
-           gate_up_main_grad, down_main_grad)
+    """The pre-activations h_R2F, and hidden_RF, which has no gradient of its own: train_down makes h's of both."""
+    R, F = token_of_row_R.numel(), gate_up_E2FD.shape[1] // 2
+    tile, plan = _plan(x_TD, offsets_E1, R)
+    return up(rows_of_tokens(x_TD, token_of_row_R, offsets_E1, F, tile), R, offsets_E1, gate_up_E2FD, plan, tile)
+
+
+@torch.library.custom_op("moe_lab::train_up_backward", mutates_args=("main_grad",))
+def train_up_backward(
+    dh_R2F: torch.Tensor, x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, offsets_E1: torch.Tensor,
+    token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor, first_of_token_T1: torch.Tensor | None,
+    main_grad: torch.Tensor | None, need_x: bool, need_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x_TD and gate_up_E2FD; empty where not needed, or added to the main grad."""
     tile, plan = _plan(x_TD, offsets_E1, token_of_row_R.numel())
-    h_R2F, hidden_RF = up(x_TD, token_of_row_R, offsets_E1, gate_up_E2FD, plan, tile)
-    y_RD = multiply_rows(hidden_RF, offsets_E1, down_EDF, plan, tile, transposed=True)
-    return _sum_rows(y_RD, scores, offsets_E1, row_of_entry, first_of_token_T1), h_R2F
-
-
-@experts.register_fake
-def _(x_TD, gate_up_E2FD, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1,
-      gate_up_main_grad, down_main_grad):
-    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(token_of_row_R.shape[0], gate_up_E2FD.shape[1])
-
-
-@torch.library.custom_op("moe_lab::train_experts_backward", mutates_args=("gate_up_main_grad", "down_main_grad"))
-def experts_backward(
-    grad_out_TD: torch.Tensor, x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor,
-    scores: torch.Tensor, offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
-    first_of_token_T1: torch.Tensor | None, h_R2F: torch.Tensor, gate_up_main_grad: torch.Tensor | None,
-    down_main_grad: torch.Tensor | None, need_x: bool, need_gate_up: bool, need_down: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x_TD, gate_up_E2FD, down_EDF and scores; empty where not needed, or added to a main grad."""
-    tile, plan = _plan(x_TD, offsets_E1, token_of_row_R.numel())
-    spare_rows = first_of_token_T1 is not None
-    d_x, d_gate_up, d_down = (x_TD.new_empty(0) for _ in range(3))
-    score_of_row_R = spread_scores(scores, row_of_entry, offsets_E1)
-    dh_R2F, scaled_RF, d_scores_XR = hidden_grad(grad_out_TD, token_of_row_R, score_of_row_R, offsets_E1, down_EDF,
-                                                 h_R2F, plan, tile)
-    d_scores = sum_score_grads(d_scores_XR, row_of_entry, offsets_E1)
-    if need_down:
-        out = torch.empty_like(down_EDF) if down_main_grad is None else down_main_grad
-        weight_grad(grad_out_TD, token_of_row_R, scaled_RF, offsets_E1, out, tile, transposed=False,
-                    accumulate=down_main_grad is not None, spare_rows=spare_rows)
-        d_down = out if down_main_grad is None else d_down
-    del scaled_RF  # its memory serves dX~
+    d_x, d_weights = x_TD.new_empty(0), x_TD.new_empty(0)
     if need_x:
         d_rows_RD = multiply_rows(dh_R2F, offsets_E1, gate_up_E2FD, plan, tile, transposed=False)
-        ones = torch.ones_like(scores)  # dH has the scores in it
+        ones = torch.ones(row_of_entry.shape, dtype=torch.float32, device=x_TD.device)  # dH has the scores in it
         d_x = _sum_rows(d_rows_RD, ones, offsets_E1, row_of_entry, first_of_token_T1)
-        del d_rows_RD
-    if need_gate_up:
-        out = torch.empty_like(gate_up_E2FD) if gate_up_main_grad is None else gate_up_main_grad
-        weight_grad(x_TD, token_of_row_R, dh_R2F, offsets_E1, out, tile, transposed=True,
-                    accumulate=gate_up_main_grad is not None, spare_rows=spare_rows)
-        d_gate_up = out if gate_up_main_grad is None else d_gate_up
-    return d_x, d_gate_up, d_down, d_scores
+        del d_rows_RD  # its memory serves the weights' gradient
+    if need_weights:
+        out = torch.empty_like(gate_up_E2FD) if main_grad is None else main_grad
+        x = rows_of_tokens(x_TD, token_of_row_R, offsets_E1, gate_up_E2FD.shape[1] // 2, tile)
+        weight_grad(x, dh_R2F, offsets_E1, out, tile, transposed=True, accumulate=main_grad is not None,
+                    spare_rows=first_of_token_T1 is not None)
+        d_weights = out if main_grad is None else d_weights
+    return d_x, d_weights
 
 
-@experts_backward.register_fake
-def _(grad_out_TD, x_TD, gate_up_E2FD, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1,
-      h_R2F, gate_up_main_grad, down_main_grad, need_x, need_gate_up, need_down):
-    def shaped(like, needed):
-        return like.new_empty(like.shape) if needed else x_TD.new_empty(0)
+@torch.library.custom_op("moe_lab::train_down", mutates_args=())
+def train_down(
+    h_R2F: torch.Tensor, hidden_RF: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
+    offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
+    first_of_token_T1: torch.Tensor | None, main_grad: torch.Tensor | None,
+) -> torch.Tensor:
+    """out_TD, the tokens' weighted sums of hidden_RF through down_EDF. h_R2F is for the backward, which needs no
+    hidden_RF."""
+    tile, plan = _plan(hidden_RF, offsets_E1, token_of_row_R.numel())
+    y_RD = multiply_rows(hidden_RF, offsets_E1, down_EDF, plan, tile, transposed=True)
+    return _sum_rows(y_RD, scores, offsets_E1, row_of_entry, first_of_token_T1)
 
-    return (shaped(x_TD, need_x), shaped(gate_up_E2FD, need_gate_up and gate_up_main_grad is None),
-            shaped(down_EDF, need_down and down_main_grad is None), scores.new_empty(scores.shape))
+
+@torch.library.custom_op("moe_lab::train_down_backward", mutates_args=("main_grad",))
+def train_down_backward(
+    grad_out_TD: torch.Tensor, h_R2F: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
+    offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
+    first_of_token_T1: torch.Tensor | None, main_grad: torch.Tensor | None, need_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of h_R2F, down_EDF (empty where not needed, or added to the main grad) and scores."""
+    tile, plan = _plan(h_R2F, offsets_E1, token_of_row_R.numel())
+    grad_out = rows_of_tokens(grad_out_TD, token_of_row_R, offsets_E1, down_EDF.shape[2], tile)
+    score_of_row_R = spread_scores(scores, row_of_entry, offsets_E1)
+    dh_R2F, scaled_RF, d_scores_XR = hidden_grad(grad_out, score_of_row_R, offsets_E1, down_EDF, h_R2F, plan, tile)
+    d_scores, d_weights = sum_score_grads(d_scores_XR, row_of_entry, offsets_E1), h_R2F.new_empty(0)
+    if need_weights:
+        out = torch.empty_like(down_EDF) if main_grad is None else main_grad
+        weight_grad(grad_out, scaled_RF, offsets_E1, out, tile, transposed=False, accumulate=main_grad is not None,
+                    spare_rows=first_of_token_T1 is not None)
+        d_weights = out if main_grad is None else d_weights
+    return dh_R2F, d_weights, d_scores
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.gate_up_main_grad, ctx.down_main_grad = inputs
-    # Main grads are not saved: another layer or micro-batch may add to them before this backward runs.
-    ctx.save_for_backward(*tensors, output[1])
+@train_up.register_fake
+def _(x_TD, gate_up_E2FD, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad):
+    R, two_F = token_of_row_R.shape[0], gate_up_E2FD.shape[1]
+    return x_TD.new_empty(R, two_F), x_TD.new_empty(R, two_F // 2)
+
+
+@train_up_backward.register_fake
+def _(dh_R2F, x_TD, gate_up_E2FD, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad, need_x,
+      need_weights):
+    return (_shaped(x_TD, need_x), _shaped(gate_up_E2FD, need_weights and main_grad is None))
+
+
+@train_down.register_fake
+def _(h_R2F, hidden_RF, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad):
+    T = row_of_entry.shape[0] if first_of_token_T1 is None else first_of_token_T1.shape[0] - 1
+    return hidden_RF.new_empty(T, down_EDF.shape[1])
+
+
+@train_down_backward.register_fake
+def _(grad_out_TD, h_R2F, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad,
+      need_weights):
+    return (_shaped(h_R2F, True), _shaped(down_EDF, need_weights and main_grad is None), _shaped(scores, True))
+
+
+def _shaped(like: torch.Tensor, needed: bool) -> torch.Tensor:
+    """A fake gradient."""
+    return like.new_empty(like.shape if needed else 0)
+
+
+# ---- their derivatives. Two operators, so that autograd drops H as soon as dH is there, before dW1 needs memory. Main
+# grads are not saved: another layer or micro-batch may add to them before this backward runs.
+def _setup_up(ctx, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.main_grad = inputs
+    ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out_TD: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    if grad_out_TD is None:
-        return (None,) * 10
-    need_x, need_gate_up, need_down, need_scores = ctx.needs_input_grad[:4]
-    has_main = ctx.gate_up_main_grad is not None
-    d_x, d_gate_up, d_down, d_scores = experts_backward(
-        grad_out_TD.contiguous(), *ctx.saved_tensors, ctx.gate_up_main_grad, ctx.down_main_grad, need_x, need_gate_up,
-        need_down)
-    return (d_x if need_x else None, d_gate_up if need_gate_up and not has_main else None,
-            d_down if need_down and not has_main else None, d_scores if need_scores else None, *(None,) * 6)
+def _backward_up(ctx, dh_R2F: torch.Tensor | None, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if dh_R2F is None:
+        return (None,) * 7
+    need_x, need_weights = ctx.needs_input_grad[:2]
+    d_x, d_weights = train_up_backward(dh_R2F.contiguous(), *ctx.saved_tensors, ctx.main_grad, need_x, need_weights)
+    return (d_x if need_x else None, d_weights if need_weights and ctx.main_grad is None else None, *(None,) * 5)
 
 
-experts.register_autograd(_backward, setup_context=_setup_context)
+def _setup_down(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    h_R2F, _, *tensors, ctx.main_grad = inputs
+    ctx.save_for_backward(h_R2F, *tensors)
+
+
+def _backward_down(ctx, grad_out_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    need_h, _, need_weights, need_scores = ctx.needs_input_grad[:4]
+    dh_R2F, d_weights, d_scores = train_down_backward(grad_out_TD.contiguous(), *ctx.saved_tensors, ctx.main_grad,
+                                                      need_weights)
+    return (dh_R2F if need_h else None, None, d_weights if need_weights and ctx.main_grad is None else None,
+            d_scores if need_scores else None, *(None,) * 5)
+
+
+train_up.register_autograd(_backward_up, setup_context=_setup_up)
+train_down.register_autograd(_backward_down, setup_context=_setup_down)
 
 
 # ---- what a layer calls -------------------------------------------------------------------------------------------
 def _call(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
           offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
           first_of_token_T1: torch.Tensor | None, main_grads: MainGrads | None) -> torch.Tensor:
-    """The operator, with autocast applied."""
+    """Both operators, with autocast applied and the arguments checked."""
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x_TD, gate_up_E2FD, down_EDF = (one.to(dtype) for one in (x_TD, gate_up_E2FD, down_EDF))
+    _check(x_TD, gate_up_E2FD, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1,
+           main_grads)
+    index = offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1
     gate_up_main_grad, down_main_grad = main_grads or (None, None)
-    return experts(x_TD.contiguous(), gate_up_E2FD, down_EDF, scores.contiguous(), offsets_E1, token_of_row_R,
-                   row_of_entry, first_of_token_T1, gate_up_main_grad, down_main_grad)[0]
+    h_R2F, hidden_RF = train_up(x_TD.contiguous(), gate_up_E2FD, *index, gate_up_main_grad)
+    return train_down(h_R2F, hidden_RF, down_EDF, scores.contiguous(), *index, down_main_grad)
 
 
 def moe_experts(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, scores_TK: torch.Tensor,

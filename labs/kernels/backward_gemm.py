@@ -14,7 +14,7 @@ backward_loop.py holds the loop that the three kernels share.
 
     index array     shape     from -> to
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
-    token_of_row_R  (R,)      row -> token
+    token_of_row_R  (R,)      row -> token; starts_E1 for rows copied before
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.backward_loop import (
+    Rows,
     blocks,
     describe,
     eighths,
@@ -64,8 +65,8 @@ def finish_up(out, acc, row, row_end, column_tile, F):
 
 @triton.jit
 def up_kernel(
-    x_ptr,  # (T, D)
-    token_of_row_ptr,  # (R,) int32
+    x,  # (T, D), or a copied (P, D): a pointer or a descriptor
+    index_ptr,  # token_of_row (R,) int32, or starts (E + 1,)
     weights,  # (E, 2F, D), an expert's gate rows and then its up rows: a descriptor or a pointer
     h_ptr,  # (R, 2F) the same: gate columns, then up columns
     hidden_ptr,  # (R, F)
@@ -75,6 +76,7 @@ def up_kernel(
     D8,
     F8,
     load_weights: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,8 +87,9 @@ def up_kernel(
     accumulator.
     """
     # Times 8, so the compiler knows that no 16-byte copy straddles a row's end.
-    multiply_tiles(x_ptr, token_of_row_ptr, weights, F8 * 8, D8 * 8, offsets_ptr, tiles_ptr, tile_count_ptr,
-                   (h_ptr, hidden_ptr), "gathered", load_weights, finish_up, BLOCK_N // 2, BLOCK_M, BLOCK_N, BLOCK_K)
+    read: tl.constexpr = "padded" if PADDED else "gathered"
+    multiply_tiles(x, index_ptr, weights, F8 * 8, D8 * 8, offsets_ptr, tiles_ptr, tile_count_ptr,
+                   (h_ptr, hidden_ptr), read, load_weights, finish_up, BLOCK_N // 2, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
@@ -171,8 +174,8 @@ def finish_hidden_grad(out, acc, row, row_end, column_tile, F):
 
 @triton.jit
 def hidden_grad_kernel(
-    grad_out_ptr,  # (T, D)
-    token_of_row_ptr,  # (R,) int32
+    grad_out,  # (T, D), or a copied (P, D): a pointer or a descriptor
+    index_ptr,  # token_of_row (R,) int32, or starts (E + 1,)
     score_of_row_ptr,  # (R,) float32
     weights,  # (E, D, F): a descriptor or a pointer
     h_ptr,  # (R, 2F)
@@ -186,6 +189,7 @@ def hidden_grad_kernel(
     D8,
     F8,
     load_weights: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -194,34 +198,34 @@ def hidden_grad_kernel(
 
     Grid (SMs,): a program owns every grid-th tile of BLOCK_M rows by BLOCK_N columns of F. Float32 accumulator.
     """
-    multiply_tiles(grad_out_ptr, token_of_row_ptr, weights, F8 * 8, D8 * 8, offsets_ptr, tiles_ptr, tile_count_ptr,
-                   (score_of_row_ptr, h_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R), "gathered", load_weights,
+    read: tl.constexpr = "padded" if PADDED else "gathered"
+    multiply_tiles(grad_out, index_ptr, weights, F8 * 8, D8 * 8, offsets_ptr, tiles_ptr, tile_count_ptr,
+                   (score_of_row_ptr, h_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R), read, load_weights,
                    finish_hidden_grad, BLOCK_N, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 # ---- launchers ----------------------------------------------------------------------------------------------------
 def up(
-    x_TD: torch.Tensor, token_of_row_R: torch.Tensor, offsets_E1: torch.Tensor, gate_up_E2FD: torch.Tensor,
-    plan: TilePlan, tile: PlainTile,
+    x: Rows, R: int, offsets_E1: torch.Tensor, gate_up_E2FD: torch.Tensor, plan: TilePlan, tile: PlainTile
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' pre-activations h_R2F, gate then up columns, and hidden_RF = silu(gate) * up, in x's dtype.
+    """The R rows' pre-activations h_R2F, gate then up columns, and hidden_RF = silu(gate) * up, in x's dtype.
 
-    x_TD and gate_up_E2FD of one dtype, token_of_row_R (R,) and offsets_E1 (E + 1,) int32, all contiguous; plan in
-    tiles of tile.block_M rows. Rows of no expert stay undefined. Raises ValueError for what does not fit.
+    x and gate_up_E2FD of one dtype, offsets_E1 (E + 1,) int32, all contiguous; plan in tiles of tile.block_M rows. Rows
+    of no expert stay undefined. Raises ValueError for what does not fit.
     """
-    (E, two_F, D), R = gate_up_E2FD.shape, token_of_row_R.numel()
+    (E, two_F, D), dtype = gate_up_E2FD.shape, x.tensor.dtype
     F = two_F // 2
     check_gemm(E, D, F, plan, tile.block_M)
-    check("x_TD", x_TD, (x_TD.shape[0], D), gate_up_E2FD.dtype)
-    check("gate_up_E2FD", gate_up_E2FD, (E, 2 * F, D), x_TD.dtype)
-    check("token_of_row_R", token_of_row_R, (R,), torch.int32)
+    check("x", x.tensor, (x.tensor.shape[0], D), dtype)
+    check("gate_up_E2FD", gate_up_E2FD, (E, 2 * F, D), dtype)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
-    h_R2F, hidden_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
+    h_R2F, hidden_RF = x.tensor.new_empty(R, 2 * F), x.tensor.new_empty(R, F)
     if R > 0:
         weights = describe(gate_up_E2FD.view(2 * E, F, D), [2, tile.block_N // 2, tile.block_K], tile)
-        grid = programs(len(plan.tiles_X5) * triton.cdiv(2 * F, tile.block_N), x_TD.device)
+        grid = programs(len(plan.tiles_X5) * triton.cdiv(2 * F, tile.block_N), x.tensor.device)
         up_kernel[(grid,)](
-            x_TD, token_of_row_R, weights, h_R2F, hidden_RF, offsets_E1, plan.tiles_X5, plan.tile_count, D // 8, F // 8,
+            x.operand([tile.block_M, tile.block_K], tile), x.index, weights, h_R2F, hidden_RF, offsets_E1,
+            plan.tiles_X5, plan.tile_count, D // 8, F // 8, PADDED=x.padded,
             load_weights=tma_gate_up if tile.tma else pointer_gate_up, **blocks(tile))
     return h_R2F, hidden_RF
 
@@ -256,20 +260,19 @@ def multiply_rows(
 
 
 def hidden_grad(
-    grad_out_TD: torch.Tensor, token_of_row_R: torch.Tensor, score_of_row_R: torch.Tensor, offsets_E1: torch.Tensor,
-    down_EDF: torch.Tensor, h_R2F: torch.Tensor, plan: TilePlan, tile: PlainTile,
+    grad_out: Rows, score_of_row_R: torch.Tensor, offsets_E1: torch.Tensor, down_EDF: torch.Tensor,
+    h_R2F: torch.Tensor, plan: TilePlan, tile: PlainTile,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dh_R2F, scaled_RF = score * silu(gate) * up, and d_scores_XR float32, whose sum over X column tiles is dS.
 
-    grad_out_TD, down_EDF and h_R2F of one dtype, score_of_row_R (R,) float32, index arrays int32, all contiguous; plan
-    as for `up`. Rows of no expert stay undefined. Raises ValueError for what does not fit.
+    grad_out, down_EDF and h_R2F of one dtype, score_of_row_R (R,) float32, offsets_E1 int32, all contiguous; plan as
+    for `up`. Rows of no expert stay undefined. Raises ValueError for what does not fit.
     """
-    (E, D, F), R = down_EDF.shape, token_of_row_R.numel()
+    (E, D, F), R, dtype = down_EDF.shape, h_R2F.shape[0], grad_out.tensor.dtype
     check_gemm(E, D, F, plan, tile.block_M)
-    check("grad_out_TD", grad_out_TD, (grad_out_TD.shape[0], D), down_EDF.dtype)
-    check("down_EDF", down_EDF, (E, D, F), grad_out_TD.dtype)
-    check("h_R2F", h_R2F, (R, 2 * F), grad_out_TD.dtype)
-    check("token_of_row_R", token_of_row_R, (R,), torch.int32)
+    check("grad_out", grad_out.tensor, (grad_out.tensor.shape[0], D), dtype)
+    check("down_EDF", down_EDF, (E, D, F), dtype)
+    check("h_R2F", h_R2F, (R, 2 * F), dtype)
     check("score_of_row_R", score_of_row_R, (R,), torch.float32)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     dh_R2F, scaled_RF = torch.empty_like(h_R2F), h_R2F.new_empty(R, F)
@@ -278,7 +281,7 @@ def hidden_grad(
         weights = describe(down_EDF, [1, tile.block_K, tile.block_N], tile)
         grid = programs(len(plan.tiles_X5) * len(d_scores_XR), h_R2F.device)
         hidden_grad_kernel[(grid,)](
-            grad_out_TD, token_of_row_R, score_of_row_R, weights, h_R2F, dh_R2F, scaled_RF, d_scores_XR, offsets_E1,
-            plan.tiles_X5, plan.tile_count, R, D // 8, F // 8,
-            load_weights=tma_straight if tile.tma else pointer_straight, **blocks(tile))
+            grad_out.operand([tile.block_M, tile.block_K], tile), grad_out.index, score_of_row_R, weights, h_R2F,
+            dh_R2F, scaled_RF, d_scores_XR, offsets_E1, plan.tiles_X5, plan.tile_count, R, D // 8, F // 8,
+            load_weights=tma_straight if tile.tma else pointer_straight, PADDED=grad_out.padded, **blocks(tile))
     return dh_R2F, scaled_RF, d_scores_XR
