@@ -45,7 +45,7 @@ class Library:
 
 
 LIBRARIES = (
-    Library("this project", "nothing to install: labs/full_moe.py", "yyyyyynny",
+    Library("this project", "nothing to install: labs/full_moe.py", "yyyyyynpy",
             "a ladder whose every level passes one oracle; token rounding in four modes; runs on a CPU too",
             "labs/full_moe.py, labs/kernels"),
     Library("triton_kernels", "pip install vllm, then put vllm/third_party on PYTHONPATH; or Triton's repository",
