@@ -42,22 +42,21 @@ def measure(options: Options) -> dict:
     runs = {}
     for name, chosen in RUNS.items():
         factory = moe_factory(size, capacity_factor=None, **chosen)
-        backend = factory(size.D).to(options.device).backend.name
         if options.full:  # kernels compile before the clock starts
             train(factory, size, steps=2, seed=args.seed, device=options.device, progress=None)
         run = train(factory, size, steps=steps, seed=args.seed, device=options.device,
                     evaluate_every=max(1, steps // 5), progress=f"train_byte_lm: {name}")
-        runs[name] = summary(run, backend)
+        runs[name] = summary(run)
     return {"size": runs[OPTIMIZED].pop("size"), "text": run.text, "steps": steps, "seed": args.seed,
             "dtype": run.dtype, "runs": runs}
 
 
-def summary(run: TrainingRun, backend: str) -> dict:
+def summary(run: TrainingRun) -> dict:
     """What of a run the figures, charts and words need; measures of balance are means over the layers."""
     def mean_over_layers(name: str) -> list[float]:
         return [round(statistics.fmean(layers), 4) for layers in run.balance[name]]
 
-    return {"size": run.size, "backend": backend, "losses": [round(loss, 5) for loss in run.losses],
+    return {"size": run.size, "backend": run.backend, "losses": [round(loss, 5) for loss in run.losses],
             "evaluations": run.evaluations, "gini": mean_over_layers("gini"),
             "max_over_mean": mean_over_layers("max_over_mean"), "rows_first": run.rows[0], "rows_last": run.rows[-1],
             "seconds": run.seconds, "tokens_per_second": run.tokens_per_second}

@@ -189,7 +189,7 @@ class TrainingRun:
     losses: the training loss of each step, nats a byte, without auxiliary losses. evaluations: (step, loss on
     held-out text with exact top-k), the last one after the last step. rows: (steps, L, E), each layer's load at each
     step, before anything is dropped or rounded. balance: name -> per step and layer, of the measures below. seconds:
-    of the steps, evaluation left out.
+    of the steps, evaluation left out. backend: what the layers ran on in the last step; None if they do not say.
     """
 
     size: dict[str, int]
@@ -204,6 +204,7 @@ class TrainingRun:
     balance: dict[str, list[list[float]]]
     seconds: float
     tokens_per_second: float
+    backend: str | None
 
     @property
     def evaluation_loss(self) -> float:
@@ -254,6 +255,7 @@ def train(factory: MoEFactory, size: Size = SMALL, *, steps: int = 500, seed: in
         bytes_BS, next_BS = batches.draw()
         with _autocast(device, dtype):
             logits_BSV, aux_loss = model(bytes_BS)
+            backend = getattr(model.blocks[0].mlp, "backend", None)  # it depends on autocast, so it is asked here
             loss = cross_entropy(logits_BSV.float().flatten(0, 1), next_BS.flatten())
         (loss + aux_loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -284,7 +286,8 @@ def train(factory: MoEFactory, size: Size = SMALL, *, steps: int = 500, seed: in
     balance = {name: measured_NLM[:, :, i].tolist() for i, name in enumerate(MEASURES)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return TrainingRun(dataclasses.asdict(size), description, steps, seed, name, str(dtype).removeprefix("torch."),
-                       losses, evaluations, rows_NLE.tolist(), balance, seconds, size.T * steps / seconds)
+                       losses, evaluations, rows_NLE.tolist(), balance, seconds, size.T * steps / seconds,
+                       backend and backend.name)
 
 
 @torch.no_grad()
