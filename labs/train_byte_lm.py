@@ -69,7 +69,7 @@ def at_end(values: list[float]) -> float:
 
 def table(figures: dict) -> list[Table | str]:
     """A row a run."""
-    rows = [[name, run["backend"], f"{at_end(run['losses']):.3f}", f"{run['evaluations'][-1][1]:.3f}",
+    rows = [[name, run.get("backend") or "-", f"{at_end(run['losses']):.3f}", f"{run['evaluations'][-1][1]:.3f}",
              f"{run['gini'][0]:.2f}", f"{at_end(run['gini']):.2f}", f"{at_end(run['max_over_mean']):.2f}",
              f"{run['tokens_per_second']:,.0f}"] for name, run in figures["runs"].items()]
     headings = ["", "backend", "loss", "held-out loss", "Gini, first", "Gini, last", "max/mean, last", "tokens/s"]
@@ -89,7 +89,8 @@ def conclude(figures: dict) -> str:
     """Whether the two backends learn alike, and what balance did."""
     runs = figures["runs"]
     optimized, loop, without = runs[OPTIMIZED], runs[LOOP], runs["no balance loss"]
-    return (f"On {optimized['backend']} the layer learns as on the eager loop: held-out loss "
+    where = f" on {optimized['backend']}" if optimized.get("backend") else ""
+    return (f"The layer{where} learns as the eager loop: held-out loss "
             f"{optimized['evaluations'][-1][1]:.3f} and {loop['evaluations'][-1][1]:.3f} nats a byte after "
             f"{figures['steps']} steps (from {optimized['losses'][0]:.2f}), smoothed curves at most "
             f"{widest_gap(optimized['losses'], loop['losses']):.3f} apart, at "
@@ -107,7 +108,8 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     steps = range(1, figures["steps"] + 1)
     for name, style, color in ((LOOP, "-", COLORS[1]), (OPTIMIZED, "--", COLORS[0])):
         run = figures["runs"][name]
-        losses.plot(steps, run["losses"], style, color=color, lw=2, label=f"{name} ({run['backend']}), training",
+        where = f" ({run['backend']})" if run.get("backend") and name == OPTIMIZED else ""
+        losses.plot(steps, run["losses"], style, color=color, lw=2, label=f"{name}{where}, training",
                     gid=f"{name}: loss")
         losses.plot(*zip(*run["evaluations"], strict=True), "o" if name == LOOP else "x", color=color, ms=10, mew=2,
                     label=f"{name}, held out", gid=f"{name}: held out")
