@@ -6,6 +6,7 @@ import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter be
 
 import pytest
 import torch
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,5 +42,7 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
         return call
 
+    # torch.compile looks these functions up by name once a process: it must meet them as they are, not the ones below.
+    get_torch_obj_rule_map()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
