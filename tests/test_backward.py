@@ -23,7 +23,7 @@ import triton
 from common.config import Workload
 from common.measure import relative_error
 from common.model import make_inputs, make_weights, route_float64
-from labs.kernels import backward, backward_loop
+from labs.kernels import backward, backward_gemm, backward_loop
 from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
 from tests.cases import CASES, Case
 from tests.machine_code import ROOT, Compiled, Request, _compile
@@ -168,7 +168,7 @@ def test_gradients_by_tma_are_the_oracles(case, copied, mode, monkeypatch, devic
     """The paths of Hopper's tile, where the interpreter would take others: descriptors, and rows copied before."""
     dtype = DTYPES[0]
     monkeypatch.setattr(backward_loop, "SMALL", backward_loop.SMALL._replace(tma=True))
-    monkeypatch.setattr(backward_loop, "COPY_FROM", 0 if copied else 2**30)
+    monkeypatch.setattr(backward_gemm, "COPY_FROM", 0 if copied else 2**30)
     problem = Problem(case, dtype, device, mode, tile=8)
     assert_right(problem, problem.run(), dtype)
 
@@ -229,15 +229,15 @@ FAULTS = (
           "d_hidden * gate * (sigmoid + silu * (1 - sigmoid))"),
     Fault("SiLU's second term forgotten", "_gemm", "(sigmoid + silu * (1 - sigmoid))", "sigmoid"),
     Fault("gate and up exchanged in H", "_gemm", "gates, ups = halves(acc)", "ups, gates = halves(acc)"),
-    Fault("tokens of the step before", "_weights", "        source = next_source\n", ""),
+    Fault("tokens of the step before", "_weights", "        token = next_token\n", ""),
     Fault("rows past the end multiplied", "_weights", "exists = (first_row + i < row_end)", "exists = (i < BLOCK_K)"),
     Fault("a step too few for ragged experts", "_weights", "tl.cdiv(rows, BLOCK_K)", "rows // BLOCK_K"),
     Fault("accumulator kept from tile to tile", "_weights",
           "            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n        tile", "        tile"),
     Fault("weights of the first expert in dX", "_loop", "row = expert.to(tl.int64) * K + depth",
           "row = expert.to(tl.int64) * 0 + depth"),
-    Fault("dW1 not transposed", "", "weight_grad(x, dh_R2F, offsets_E1, out, tile, transposed=True",
-          "weight_grad(x, dh_R2F, offsets_E1, out.view(-1, *out.shape[:0:-1]), tile, transposed=False"),
+    Fault("dW1 not transposed", "", "dh_R2F, offsets_E1, out, tile, transposed=True",
+          "dh_R2F, offsets_E1, out.view(-1, *out.shape[:0:-1]), tile, transposed=False"),
     Fault("dX scaled", "", "ones = torch.ones(", "ones = torch.full(fill_value=0.5, size="),
     Fault("halves of a weight tile exchanged", "_weights", "halves(acc)[part]", "halves(acc)[1 - part]"),
 )
@@ -483,23 +483,24 @@ def requests(sm: int) -> list[Request]:
 
     sizes = {"D8": "i32", "F8": "i32"}
     found = []
-    for padded in (False, True) if tile.tma else (False,):
-        rows, of = operand(M, K) if padded else "*bf16", " copied" * padded
-        up = {"x": rows, "index_ptr": "*i32", "weights": operand(2, N // 2, K), "h_ptr": "*bf16", "hidden_ptr": "*bf16"}
-        hidden = {"grad_out": rows, "index_ptr": "*i32", "score_of_row_ptr": "*fp32", "weights": operand(1, K, N),
-                  "h_ptr": "*bf16", "dh_ptr": "*bf16", "scaled_ptr": "*bf16", "d_scores_ptr": "*fp32"}
-        found.append(one(f"up{of}", "gemm", "up_kernel", {**up, **TABLE, **sizes}, load_weights=f"{how}_gate_up",
-                         PADDED=padded))
-        found.append(one(f"hidden_grad{of}", "gemm", "hidden_grad_kernel", {**hidden, **TABLE, "R": "i32", **sizes},
-                         load_weights=f"{how}_straight", PADDED=padded))
-        for transposed in (False, True):
-            for accumulate in (False, True):
-                weights = {"gathered": operand(K, M) if padded else "*bf16", "index_ptr": "*i32",
-                           "sorted_rows": operand(K, N), "out_ptr": "*fp32" if accumulate else "*bf16",
-                           "offsets_ptr": "*i32", "E": "i32", "G8": "i32", "S8": "i32"}
-                name = f"weight_grad{of}{' transposed' * transposed}{' accumulate' * accumulate}"
-                found.append(one(name, "weights", "weight_grad_kernel", weights, PADDED=padded, TMA=tile.tma,
-                                 TRANSPOSED=transposed, ACCUMULATE=accumulate, E_POW2=128))
+    for copied in (False, True) if tile.tma else (False,):
+        rows, of = operand(M, K) if copied else "*bf16", " copied" * copied
+        up = {"x": rows, "token_of_row_ptr": "*i32", "weights": operand(2, N // 2, K), "h_ptr": "*bf16",
+              "hidden_ptr": "*bf16", **TABLE, **sizes}
+        hidden = {"grad_out": rows, "token_of_row_ptr": "*i32", "score_of_row_ptr": "*fp32",
+                  "weights": operand(1, K, N), "h_ptr": "*bf16", "dh_ptr": "*bf16", "scaled_ptr": "*bf16",
+                  "d_scores_ptr": "*fp32", **TABLE, "R": "i32", **sizes}
+        found.append(one(f"up{of}", "gemm", "up_kernel", up, load_weights=f"{how}_gate_up", SORTED=copied))
+        found.append(one(f"hidden_grad{of}", "gemm", "hidden_grad_kernel", hidden, load_weights=f"{how}_straight",
+                         SORTED=copied))
+    for transposed in (False, True):
+        for accumulate in (False, True):
+            weights = {"gathered_ptr": "*bf16", "token_of_row_ptr": "*i32", "sorted_rows": operand(K, N),
+                       "out_ptr": "*fp32" if accumulate else "*bf16", "offsets_ptr": "*i32", "E": "i32", "G8": "i32",
+                       "S8": "i32"}
+            name = f"weight_grad{' transposed' * transposed}{' accumulate' * accumulate}"
+            found.append(one(name, "weights", "weight_grad_kernel", weights, TMA=tile.tma, TRANSPOSED=transposed,
+                             ACCUMULATE=accumulate, E_POW2=128))
     for layout, box in (("transposed", (1, N, K)), ("straight", (1, K, N))):
         rows = {"rows": operand(M, K), "weights": operand(*box), "out_ptr": "*bf16", **TABLE, "N8": "i32", "K8": "i32"}
         found.append(one(f"rows {layout}", "gemm", "rows_kernel", rows, load_weights=f"{how}_{layout}", TMA=tile.tma))
@@ -524,15 +525,16 @@ def code() -> dict[str, Compiled]:
 def test_machine_code_is_as_planned(code, name, sm):
     found = code[f"{name} sm_{sm}"]
     assert found.count("HGMMA" if sm == 90 else "HMMA") > 0, "tensor cores"
-    spilled = 32 if triton.__version__.startswith("3.6") and (name, sm) == ("hidden_grad", 90) else 0
-    assert found.stack_bytes == spilled, "in the epilogue, under Triton 3.6"
-    assert spilled or found.count(r"LDL|STL") == 0
+    few = 32 if triton.__version__.startswith("3.6") and name.startswith("hidden_grad") and sm == 90 else 0
+    assert found.stack_bytes <= few, "in the epilogue, under Triton 3.6"
+    assert few or found.count(r"LDL|STL") == 0
     assert found.shared_bytes <= SHARED_MEMORY[sm]
     assert found.count(r"REDG?\.|ATOMG?\.") == 0, "no atomics: bitwise repeatable"
     assert found.count(r"LDGSTS") == found.count(r"LDGSTS.*128"), "16-byte cp.async"
     if sm == 90:
         assert found.count("HGMMA") == 4, "a K step of 64 is four wgmmas of depth 16, both operands from shared memory"
-        assert found.count("UTMALDG") > 0, "weights, or sorted rows, by TMA"
+        loads = 2 if name.startswith("rows") or "copied" in name else 1
+        assert found.count("UTMALDG") == 3 * loads, "by TMA: two steps ahead of the loop, and one in it"
         gathered = not name.startswith("rows") and "copied" not in name
         assert (found.count("LDGSTS") > 0) == gathered, "gathered rows by cp.async, others by TMA"
 

@@ -16,7 +16,7 @@ dtype. Two runs agree bit for bit.
 
     index array        shape     from -> to
     offsets_E1         (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
-    token_of_row_R     (R,)      row -> token
+    token_of_row_R     (R,)      row -> token; any token past the rows in use
     row_of_slot_TK     (T, K)    token, choice -> row
     first_of_token_T1  (T + 1,)  token -> its first entry: in a rounded routing, whose tokens differ in their entries
     row_of_entry_C     (C,)      entry -> row; undefined past the rows in use
@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.backward_gemm import hidden_grad, multiply_rows, up
-from labs.kernels.backward_loop import PlainTile, rows_of_tokens, tile_for
+from labs.kernels.backward_loop import PlainTile, tile_for
 from labs.kernels.backward_sort import sort_rows
 from labs.kernels.backward_weights import spread_scores, sum_score_grads, weight_grad
 from labs.kernels.combine import combine
@@ -106,9 +106,8 @@ def train_up(
     row_of_entry: torch.Tensor, first_of_token_T1: torch.Tensor | None, main_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The pre-activations h_R2F, and hidden_RF, which has no gradient of its own: train_down makes h's of both."""
-    R, F = token_of_row_R.numel(), gate_up_E2FD.shape[1] // 2
-    tile, plan = _plan(x_TD, offsets_E1, R)
-    return up(rows_of_tokens(x_TD, token_of_row_R, offsets_E1, F, tile), R, offsets_E1, gate_up_E2FD, plan, tile)
+    tile, plan = _plan(x_TD, offsets_E1, token_of_row_R.numel())
+    return up(x_TD, token_of_row_R, offsets_E1, gate_up_E2FD, plan, tile)
 
 
 @torch.library.custom_op("moe_lab::train_up_backward", mutates_args=("main_grad",))
@@ -127,9 +126,8 @@ def train_up_backward(
         del d_rows_RD  # its memory serves the weights' gradient
     if need_weights:
         out = torch.empty_like(gate_up_E2FD) if main_grad is None else main_grad
-        x = rows_of_tokens(x_TD, token_of_row_R, offsets_E1, gate_up_E2FD.shape[1] // 2, tile)
-        weight_grad(x, dh_R2F, offsets_E1, out, tile, transposed=True, accumulate=main_grad is not None,
-                    spare_rows=first_of_token_T1 is not None)
+        weight_grad(x_TD, token_of_row_R, dh_R2F, offsets_E1, out, tile, transposed=True,
+                    accumulate=main_grad is not None, spare_rows=first_of_token_T1 is not None)
         d_weights = out if main_grad is None else d_weights
     return d_x, d_weights
 
@@ -155,14 +153,14 @@ def train_down_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of h_R2F, down_EDF (empty where not needed, or added to the main grad) and scores."""
     tile, plan = _plan(h_R2F, offsets_E1, token_of_row_R.numel())
-    grad_out = rows_of_tokens(grad_out_TD, token_of_row_R, offsets_E1, down_EDF.shape[2], tile)
     score_of_row_R = spread_scores(scores, row_of_entry, offsets_E1)
-    dh_R2F, scaled_RF, d_scores_XR = hidden_grad(grad_out, score_of_row_R, offsets_E1, down_EDF, h_R2F, plan, tile)
+    dh_R2F, scaled_RF, d_scores_XR = hidden_grad(grad_out_TD, token_of_row_R, score_of_row_R, offsets_E1, down_EDF,
+                                                 h_R2F, plan, tile)
     d_scores, d_weights = sum_score_grads(d_scores_XR, row_of_entry, offsets_E1), h_R2F.new_empty(0)
     if need_weights:
         out = torch.empty_like(down_EDF) if main_grad is None else main_grad
-        weight_grad(grad_out, scaled_RF, offsets_E1, out, tile, transposed=False, accumulate=main_grad is not None,
-                    spare_rows=first_of_token_T1 is not None)
+        weight_grad(grad_out_TD, token_of_row_R, scaled_RF, offsets_E1, out, tile, transposed=False,
+                    accumulate=main_grad is not None, spare_rows=first_of_token_T1 is not None)
         d_weights = out if main_grad is None else d_weights
     return dh_R2F, d_weights, d_scores
 

@@ -14,7 +14,7 @@ backward_loop.py holds the loop that the three kernels share.
 
     index array     shape     from -> to
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
-    token_of_row_R  (R,)      row -> token; starts_E1 for rows copied before
+    token_of_row_R  (R,)      row -> token
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.backward_loop import (
-    Rows,
     blocks,
     describe,
     eighths,
@@ -42,6 +41,7 @@ from labs.kernels.tiles import TilePlan, check, check_gemm
 
 import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # T tokens, D model width, F expert width, E experts, R rows: T*K routed ones, or the most that rounding may give.
 # In kernels M, N and K are the GEMM tile's axes.
@@ -65,8 +65,8 @@ def finish_up(out, acc, row, row_end, column_tile, F):
 
 @triton.jit
 def up_kernel(
-    x,  # (T, D), or a copied (P, D): a pointer or a descriptor
-    index_ptr,  # token_of_row (R,) int32, or starts (E + 1,)
+    x,  # (T, D), a pointer; or, SORTED, a descriptor of (R, D)
+    token_of_row_ptr,  # (R,) int32
     weights,  # (E, 2F, D), an expert's gate rows and then its up rows: a descriptor or a pointer
     h_ptr,  # (R, 2F) the same: gate columns, then up columns
     hidden_ptr,  # (R, F)
@@ -76,7 +76,7 @@ def up_kernel(
     D8,
     F8,
     load_weights: tl.constexpr,
-    PADDED: tl.constexpr,
+    SORTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -87,8 +87,8 @@ def up_kernel(
     accumulator.
     """
     # Times 8, so the compiler knows that no 16-byte copy straddles a row's end.
-    read: tl.constexpr = "padded" if PADDED else "gathered"
-    multiply_tiles(x, index_ptr, weights, F8 * 8, D8 * 8, offsets_ptr, tiles_ptr, tile_count_ptr,
+    read: tl.constexpr = "tma" if SORTED else "gathered"
+    multiply_tiles(x, token_of_row_ptr, weights, F8 * 8, D8 * 8, offsets_ptr, tiles_ptr, tile_count_ptr,
                    (h_ptr, hidden_ptr), read, load_weights, finish_up, BLOCK_N // 2, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
@@ -174,8 +174,8 @@ def finish_hidden_grad(out, acc, row, row_end, column_tile, F):
 
 @triton.jit
 def hidden_grad_kernel(
-    grad_out,  # (T, D), or a copied (P, D): a pointer or a descriptor
-    index_ptr,  # token_of_row (R,) int32, or starts (E + 1,)
+    grad_out,  # (T, D), a pointer; or, SORTED, a descriptor of (R, D)
+    token_of_row_ptr,  # (R,) int32
     score_of_row_ptr,  # (R,) float32
     weights,  # (E, D, F): a descriptor or a pointer
     h_ptr,  # (R, 2F)
@@ -189,7 +189,7 @@ def hidden_grad_kernel(
     D8,
     F8,
     load_weights: tl.constexpr,
-    PADDED: tl.constexpr,
+    SORTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -198,34 +198,52 @@ def hidden_grad_kernel(
 
     Grid (SMs,): a program owns every grid-th tile of BLOCK_M rows by BLOCK_N columns of F. Float32 accumulator.
     """
-    read: tl.constexpr = "padded" if PADDED else "gathered"
-    multiply_tiles(grad_out, index_ptr, weights, F8 * 8, D8 * 8, offsets_ptr, tiles_ptr, tile_count_ptr,
+    read: tl.constexpr = "tma" if SORTED else "gathered"
+    multiply_tiles(grad_out, token_of_row_ptr, weights, F8 * 8, D8 * 8, offsets_ptr, tiles_ptr, tile_count_ptr,
                    (score_of_row_ptr, h_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R), read, load_weights,
                    finish_hidden_grad, BLOCK_N, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 # ---- launchers ----------------------------------------------------------------------------------------------------
-def up(
-    x: Rows, R: int, offsets_E1: torch.Tensor, gate_up_E2FD: torch.Tensor, plan: TilePlan, tile: PlainTile
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The R rows' pre-activations h_R2F, gate then up columns, and hidden_RF = silu(gate) * up, in x's dtype.
+COPY_FROM = 4096  # F from which rows are copied before: between the presets with 2048 and 14336
 
-    x and gate_up_E2FD of one dtype, offsets_E1 (E + 1,) int32, all contiguous; plan in tiles of tile.block_M rows. Rows
-    of no expert stay undefined. Raises ValueError for what does not fit.
+
+def rows_of_tokens(
+    x_TD: torch.Tensor, token_of_row_R: torch.Tensor, F: int, tile: PlainTile
+) -> torch.Tensor | TensorDescriptor:
+    """What a GEMM of the rows with F columns reads: x_TD itself, to gather from, or a descriptor of a sorted copy.
+
+    A copy moves some 2 * R * D values whatever F is; gathering while loading slows the R * D * F of arithmetic.
     """
-    (E, two_F, D), dtype = gate_up_E2FD.shape, x.tensor.dtype
+    if not tile.tma or F < COPY_FROM:
+        return x_TD
+    return describe(x_TD.index_select(0, token_of_row_R), [tile.block_M, tile.block_K], tile)
+
+
+def up(
+    x_TD: torch.Tensor, token_of_row_R: torch.Tensor, offsets_E1: torch.Tensor, gate_up_E2FD: torch.Tensor,
+    plan: TilePlan, tile: PlainTile,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows' pre-activations h_R2F, gate then up columns, and hidden_RF = silu(gate) * up, in x's dtype.
+
+    x_TD and gate_up_E2FD of one dtype, token_of_row_R (R,) and offsets_E1 (E + 1,) int32, all contiguous; plan in
+    tiles of tile.block_M rows. Rows of no expert stay undefined. Raises ValueError for what does not fit.
+    """
+    (E, two_F, D), R = gate_up_E2FD.shape, token_of_row_R.numel()
     F = two_F // 2
     check_gemm(E, D, F, plan, tile.block_M)
-    check("x", x.tensor, (x.tensor.shape[0], D), dtype)
-    check("gate_up_E2FD", gate_up_E2FD, (E, 2 * F, D), dtype)
+    check("x_TD", x_TD, (x_TD.shape[0], D), gate_up_E2FD.dtype)
+    check("gate_up_E2FD", gate_up_E2FD, (E, 2 * F, D), x_TD.dtype)
+    check("token_of_row_R", token_of_row_R, (R,), torch.int32)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
-    h_R2F, hidden_RF = x.tensor.new_empty(R, 2 * F), x.tensor.new_empty(R, F)
+    h_R2F, hidden_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     if R > 0:
+        rows = rows_of_tokens(x_TD, token_of_row_R, F, tile)
         weights = describe(gate_up_E2FD.view(2 * E, F, D), [2, tile.block_N // 2, tile.block_K], tile)
-        grid = programs(len(plan.tiles_X5) * triton.cdiv(2 * F, tile.block_N), x.tensor.device)
+        grid = programs(len(plan.tiles_X5) * triton.cdiv(2 * F, tile.block_N), x_TD.device)
         up_kernel[(grid,)](
-            x.operand([tile.block_M, tile.block_K], tile), x.index, weights, h_R2F, hidden_RF, offsets_E1,
-            plan.tiles_X5, plan.tile_count, D // 8, F // 8, PADDED=x.padded,
+            rows, token_of_row_R, weights, h_R2F, hidden_RF, offsets_E1, plan.tiles_X5, plan.tile_count, D // 8, F // 8,
+            SORTED=rows is not x_TD,
             load_weights=tma_gate_up if tile.tma else pointer_gate_up, **blocks(tile))
     return h_R2F, hidden_RF
 
@@ -260,28 +278,30 @@ def multiply_rows(
 
 
 def hidden_grad(
-    grad_out: Rows, score_of_row_R: torch.Tensor, offsets_E1: torch.Tensor, down_EDF: torch.Tensor,
-    h_R2F: torch.Tensor, plan: TilePlan, tile: PlainTile,
+    grad_out_TD: torch.Tensor, token_of_row_R: torch.Tensor, score_of_row_R: torch.Tensor, offsets_E1: torch.Tensor,
+    down_EDF: torch.Tensor, h_R2F: torch.Tensor, plan: TilePlan, tile: PlainTile,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dh_R2F, scaled_RF = score * silu(gate) * up, and d_scores_XR float32, whose sum over X column tiles is dS.
 
-    grad_out, down_EDF and h_R2F of one dtype, score_of_row_R (R,) float32, offsets_E1 int32, all contiguous; plan as
-    for `up`. Rows of no expert stay undefined. Raises ValueError for what does not fit.
+    grad_out_TD, down_EDF and h_R2F of one dtype, score_of_row_R (R,) float32, index arrays int32, all contiguous; plan
+    as for `up`. Rows of no expert stay undefined. Raises ValueError for what does not fit.
     """
-    (E, D, F), R, dtype = down_EDF.shape, h_R2F.shape[0], grad_out.tensor.dtype
+    (E, D, F), R = down_EDF.shape, token_of_row_R.numel()
     check_gemm(E, D, F, plan, tile.block_M)
-    check("grad_out", grad_out.tensor, (grad_out.tensor.shape[0], D), dtype)
-    check("down_EDF", down_EDF, (E, D, F), dtype)
-    check("h_R2F", h_R2F, (R, 2 * F), dtype)
+    check("grad_out_TD", grad_out_TD, (grad_out_TD.shape[0], D), down_EDF.dtype)
+    check("down_EDF", down_EDF, (E, D, F), grad_out_TD.dtype)
+    check("h_R2F", h_R2F, (R, 2 * F), grad_out_TD.dtype)
+    check("token_of_row_R", token_of_row_R, (R,), torch.int32)
     check("score_of_row_R", score_of_row_R, (R,), torch.float32)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     dh_R2F, scaled_RF = torch.empty_like(h_R2F), h_R2F.new_empty(R, F)
     d_scores_XR = torch.empty(triton.cdiv(F, tile.block_N), R, dtype=torch.float32, device=h_R2F.device)
     if R > 0:
+        rows = rows_of_tokens(grad_out_TD, token_of_row_R, F, tile)
         weights = describe(down_EDF, [1, tile.block_K, tile.block_N], tile)
         grid = programs(len(plan.tiles_X5) * len(d_scores_XR), h_R2F.device)
         hidden_grad_kernel[(grid,)](
-            grad_out.operand([tile.block_M, tile.block_K], tile), grad_out.index, score_of_row_R, weights, h_R2F,
-            dh_R2F, scaled_RF, d_scores_XR, offsets_E1, plan.tiles_X5, plan.tile_count, R, D // 8, F // 8,
-            load_weights=tma_straight if tile.tma else pointer_straight, PADDED=grad_out.padded, **blocks(tile))
+            rows, token_of_row_R, score_of_row_R, weights, h_R2F, dh_R2F, scaled_RF, d_scores_XR, offsets_E1,
+            plan.tiles_X5, plan.tile_count, R, D // 8, F // 8, SORTED=rows is not grad_out_TD,
+            load_weights=tma_straight if tile.tma else pointer_straight, **blocks(tile))
     return dh_R2F, scaled_RF, d_scores_XR

@@ -1,6 +1,6 @@
 """One loop for the grouped GEMMs of a mixture that trains: rows times their experts' weights, whatever comes after.
 
-    rows       gathered by token through pointers (16-byte cp.async); or copied before, by TMA; or sorted, by either
+    rows       gathered by token through pointers (16-byte cp.async), or sorted already: by pointers or TMA
     weights    (E, N, K), (E, K, N) or gate and up together; TMA in boxes that end with the expert, or pointers
     results    from registers, masked: a tile that reaches past its expert's rows stores only its expert's
 
@@ -11,13 +11,10 @@ row.
     index array     shape     from -> to
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
     token_of_row_R  (R,)      row -> token
-    starts_E1       (E + 1,)  expert -> its first row in a padded copy, where zeros follow its last
     tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
@@ -88,7 +85,7 @@ def multiply_tiles(rows, index_ptr, weights, N, K, offsets_ptr, tiles_ptr, tile_
     """rows times their experts' weights, every grid-th tile; `finish` gets each tile's float32 accumulator.
 
     COLUMNS: the columns of N that a tile covers. read: how rows come. "gathered": by pointers through index_ptr,
-    token_of_row. "padded": by TMA from a copy whose experts begin at index_ptr, starts. "pointers", "tma": sorted rows.
+    token_of_row. "pointers" or "tma": rows that are sorted already; index_ptr is not read.
     """
     column_tiles = tl.cdiv(N, COLUMNS)
     depth = tl.arange(0, BLOCK_K)
@@ -99,13 +96,10 @@ def multiply_tiles(rows, index_ptr, weights, N, K, offsets_ptr, tiles_ptr, tile_
         source = tl.minimum(row, row_end - 1)
         if read == "gathered":
             source = tl.load(index_ptr + source)
-        box_row = first_row
-        if read == "padded":
-            box_row += tl.load(index_ptr + expert) - tl.load(offsets_ptr + expert)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
-            if read == "padded" or read == "tma":
-                a = rows.load([box_row, k])
+            if read == "tma":
+                a = rows.load([first_row, k])
             else:
                 pointers = rows + (source.to(tl.int64) * K)[:, None] + depth[None, :]  # passes 2**31 at real sizes
                 a = tl.load(pointers + k, mask=(depth < K - k)[None, :], other=0.0)
@@ -138,79 +132,8 @@ def store_tile(out_ptr, values, row, row_end, column, end, width):
     tl.store(pointers, values.to(out_ptr.dtype.element_ty), mask=(row < row_end)[:, None] & (columns < end)[None, :])
 
 
-# ---- rows copied before -------------------------------------------------------------------------------------------
-@triton.jit
-def start_experts_kernel(
-    offsets_ptr,  # (E + 1,) int32
-    starts_ptr,  # (E + 1,) int32
-    E,
-    PAD: tl.constexpr,
-    E_POW2: tl.constexpr,
-):
-    """Experts laid out in whole steps of PAD rows, at least one each. Grid (1,)."""
-    e = tl.arange(0, E_POW2)
-    rows = tl.load(offsets_ptr + e + 1, mask=e < E, other=0) - tl.load(offsets_ptr + e, mask=e < E, other=0)
-    ends = tl.cumsum(tl.maximum(tl.cdiv(rows, PAD), 1) * PAD, 0)
-    tl.store(starts_ptr + 1 + e, ends, mask=e < E)
-    tl.store(starts_ptr, 0)
-
-
-@triton.jit
-def copy_rows_kernel(
-    x_ptr,  # (T, D)
-    token_of_row_ptr,  # (R,) int32
-    offsets_ptr,  # (E + 1,) int32
-    starts_ptr,  # (E + 1,) int32
-    rows_ptr,  # (P, D)
-    D, E,
-    E_POW2: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """rows[starts[e] + i] = x[token of e's i-th row], or zeros after the last. Grid (P, cdiv(D, BLOCK))."""
-    p = tl.program_id(0)
-    e = tl.arange(0, E_POW2)
-    expert = tl.sum((tl.load(starts_ptr + 1 + e, mask=e < E, other=2**31 - 1) <= p).to(tl.int32), 0)
-    if expert < E:
-        row = tl.load(offsets_ptr + expert) + p - tl.load(starts_ptr + expert)
-        exists = row < tl.load(offsets_ptr + expert + 1)
-        token = tl.load(token_of_row_ptr + row, mask=exists, other=0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(x_ptr + token * D + column, mask=exists & (column < D), other=0.0)
-        tl.store(rows_ptr + p.to(tl.int64) * D + column, values, mask=column < D)
-
-
-class Rows(NamedTuple):
-    """Rows of tokens as a kernel reads them: x (T, D) through token_of_row_R, or a padded copy (P, D) and starts_E1."""
-
-    tensor: torch.Tensor
-    index: torch.Tensor
-    padded: bool
-
-    def operand(self, box: list[int], tile: PlainTile) -> TensorDescriptor | torch.Tensor:
-        """What the kernel gets: a TMA descriptor of the copy in boxes of this shape, or x."""
-        return describe(self.tensor, box, tile) if self.padded else self.tensor
-
-
-def rows_of_tokens(x_TD: torch.Tensor, token_of_row_R: torch.Tensor, offsets_E1: torch.Tensor, F: int,
-                   tile: PlainTile) -> Rows:
-    """Rows to multiply by matrices F wide: copied before where that pays, else to be gathered as they are loaded.
-
-    Copying moves some 2 * R * D values whatever F is; gathering slows all of the arithmetic, R * D * F.
-    """
-    R, D, E = token_of_row_R.numel(), x_TD.shape[1], offsets_E1.numel() - 1
-    if not tile.tma or F < COPY_FROM or R == 0:
-        return Rows(x_TD, token_of_row_R, False)
-    P, e_pow2, block = R + tile.block_K * E, triton.next_power_of_2(E), min(2048, triton.next_power_of_2(D))
-    starts_E1, rows_PD = torch.empty_like(offsets_E1), x_TD.new_empty(P, D)
-    start_experts_kernel[(1,)](offsets_E1, starts_E1, E, PAD=tile.block_K, E_POW2=e_pow2, num_warps=4)
-    copy_rows_kernel[(P, triton.cdiv(D, block))](x_TD, token_of_row_R, offsets_E1, starts_E1, rows_PD, D, E,
-                                                 E_POW2=e_pow2, BLOCK=block, num_warps=4)
-    return Rows(rows_PD, starts_E1, True)
-
-
 # ---- tiles --------------------------------------------------------------------------------------------------------
 TILES = {80: AMPERE, 86: CONSUMER, 89: CONSUMER, 90: HOPPER, 120: CONSUMER}
-COPY_FROM = 4096  # F from which rows are copied before: between the presets with 2048 and 14336
 SMALL = PlainTile(64, 64, 32, warps=4, stages=2, tma=False)  # float32 anywhere, and all in the interpreter
 
 

@@ -5,7 +5,7 @@
 One kernel makes both: one operand is gathered by token as it is loaded, the other sorted. The gathered one is always
 the narrow side of the tile, M, because its rows come by cp.async; dW1's tile is transposed as it is stored.
 
-    gathered   pointers, 16-byte cp.async, tokens a step before their rows; or copied before, by TMA (Rows)
+    gathered   pointers, 16-byte cp.async; the rows' tokens are loaded a step before their rows
     sorted     TMA where the tile says so, else pointers
     results    from registers, masked; added to a float32 buffer where asked (main_grad)
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.backward_loop import Rows, blocks, describe, halves, programs
+from labs.kernels.backward_loop import blocks, describe, halves, programs
 from labs.kernels.plain_gemm import PlainTile
 from labs.kernels.tiles import check
 
@@ -44,15 +44,14 @@ def store_weights(matrix_ptr, values, row, column, rows, columns, ACCUMULATE: tl
 
 @triton.jit
 def weight_grad_kernel(
-    gathered,  # x or dO, (T, 8 * G8), or a copied (P, 8 * G8): a pointer or a descriptor
-    index_ptr,  # token_of_row (R,) int32, or starts (E + 1,)
+    gathered_ptr,  # (T, 8 * G8) x or dO
+    token_of_row_ptr,  # (R,) int32
     sorted_rows,  # (R, 8 * S8) dH or A': a descriptor or a pointer
     out_ptr,  # (E, G, S), or (E, S, G) if TRANSPOSED; float32 if ACCUMULATE
     offsets_ptr,  # (E + 1,) int32
     E,
     G8,
     S8,
-    PADDED: tl.constexpr,
     TMA: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -84,17 +83,12 @@ def weight_grad_kernel(
     row_end = tl.load(offsets_ptr + expert + 1)
     g_first = tile % tiles % g_tiles * BLOCK_M
     s_first = tile % tiles // g_tiles * BLOCK_N
-    if PADDED:
-        source = tl.load(index_ptr + expert)
-    else:
-        source = tl.load(index_ptr + first_row + i, mask=first_row + i < row_end, other=0)
+    token = tl.load(token_of_row_ptr + first_row + i, mask=first_row + i < row_end, other=0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(steps):
         last = first_row + BLOCK_K >= row_end
         next_tile, next_expert, next_row, next_end, next_g, next_s = (
             tile, expert, first_row + BLOCK_K, row_end, g_first, s_first)
-        if PADDED:
-            next_source = source + BLOCK_K
         if last:
             next_tile = tile + grid
             next_expert = tl.minimum(next_tile // tiles, E - 1)
@@ -102,18 +96,12 @@ def weight_grad_kernel(
             next_end = tl.load(offsets_ptr + next_expert + 1)
             next_g = next_tile % tiles % g_tiles * BLOCK_M
             next_s = next_tile % tiles // g_tiles * BLOCK_N
-            if PADDED:
-                next_source = tl.load(index_ptr + next_expert)
-        if not PADDED:
-            next_source = tl.load(index_ptr + next_row + i, mask=next_row + i < next_end, other=0)
+        next_token = tl.load(token_of_row_ptr + next_row + i, mask=next_row + i < next_end, other=0)
 
         g = g_first + tl.arange(0, BLOCK_M)
         exists = (first_row + i < row_end)[:, None]
-        if PADDED:
-            a = gathered.load([source, g_first])
-        else:
-            a = tl.load(gathered + (source.to(tl.int64) * G)[:, None] + g[None, :], mask=exists & (g < G)[None, :],
-                        other=0.0)
+        a = tl.load(gathered_ptr + (token.to(tl.int64) * G)[:, None] + g[None, :], mask=exists & (g < G)[None, :],
+                    other=0.0)
         if TMA:
             b = sorted_rows.load([first_row, s_first])
         else:
@@ -132,7 +120,7 @@ def weight_grad_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         tile, expert, first_row, row_end, g_first, s_first = (
             next_tile, next_expert, next_row, next_end, next_g, next_s)
-        source = next_source
+        token = next_token
 
 
 @triton.jit
@@ -150,18 +138,19 @@ def zero_tail_kernel(
 
 
 def weight_grad(
-    gathered: Rows, sorted_RS: torch.Tensor, offsets_E1: torch.Tensor, out: torch.Tensor, tile: PlainTile,
-    transposed: bool, accumulate: bool, spare_rows: bool,
+    gathered_TG: torch.Tensor, token_of_row_R: torch.Tensor, sorted_RS: torch.Tensor, offsets_E1: torch.Tensor,
+    out: torch.Tensor, tile: PlainTile, transposed: bool, accumulate: bool, spare_rows: bool,
 ) -> None:
-    """out[e] = gathered[rows of e].T @ sorted_RS[rows of e], (G, S), or its transpose (S, G) if `transposed`.
+    """out[e] = gathered_TG[tokens of e].T @ sorted_RS[rows of e], (G, S), or its transpose (S, G) if `transposed`.
 
-    gathered and sorted_RS of one dtype, offsets_E1 int32, all contiguous; out (E, G, S) or (E, S, G), added to
+    gathered_TG and sorted_RS of one dtype, index arrays int32, all contiguous; out (E, G, S) or (E, S, G), added to
     and float32 if `accumulate`. spare_rows: offsets_E1 may end before R; then up to tile.block_K rows of sorted_RS
     past its end are set to zero. Raises ValueError for what does not fit.
     """
-    (R, S), G, E = sorted_RS.shape, gathered.tensor.shape[1], offsets_E1.numel() - 1
-    check("gathered", gathered.tensor, (gathered.tensor.shape[0], G), sorted_RS.dtype)
-    check("sorted_RS", sorted_RS, (R, S), gathered.tensor.dtype)
+    (R, S), G, E = sorted_RS.shape, gathered_TG.shape[1], offsets_E1.numel() - 1
+    check("gathered_TG", gathered_TG, (gathered_TG.shape[0], G), sorted_RS.dtype)
+    check("sorted_RS", sorted_RS, (R, S), gathered_TG.dtype)
+    check("token_of_row_R", token_of_row_R, (R,), torch.int32)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     check("out", out, (E, S, G) if transposed else (E, G, S), torch.float32 if accumulate else out.dtype)
     if R == 0:
@@ -172,9 +161,8 @@ def weight_grad(
         zero_tail_kernel[(tile.block_K, triton.cdiv(S, 1024))](sorted_RS, offsets_E1, E, R, S, BLOCK=1024, num_warps=4)
     grid = programs(E * triton.cdiv(G, tile.block_M) * triton.cdiv(S, tile.block_N), sorted_RS.device)
     weight_grad_kernel[(grid,)](
-        gathered.operand([tile.block_K, tile.block_M], tile), gathered.index,
-        describe(sorted_RS, [tile.block_K, tile.block_N], tile), out, offsets_E1, E, G // 8, S // 8,
-        PADDED=gathered.padded, TMA=tile.tma, TRANSPOSED=transposed, ACCUMULATE=accumulate,
+        gathered_TG, token_of_row_R, describe(sorted_RS, [tile.block_K, tile.block_N], tile), out, offsets_E1, E,
+        G // 8, S // 8, TMA=tile.tma, TRANSPOSED=transposed, ACCUMULATE=accumulate,
         E_POW2=triton.next_power_of_2(E), **blocks(tile))
 
 
