@@ -43,5 +43,5 @@ diff:            ## what level N adds to the level below: make diff N=4
 	@git --no-pager diff --no-index --stat --patch labs/level$$(($(N) - 1))_*.py labs/level$(N)_*.py || true
 
 plots: $(READY)  ## draw all charts and README tables again from plots/*.json
-	$(PY) level_runner.py --plot plots/*.json
+	$(PY) level_runner.py --plot plots/*.json plots/peers/*.json
 	$(PY) level_runner.py --readme

@@ -28,6 +28,7 @@ from common.show import Screen, error_exit, run_table
 
 ROOT = Path(__file__).resolve().parent
 RECORDED = ROOT / "plots"
+BESIDE_PEERS = RECORDED / "peers"  # runs of their own: a chip that waits for the slow levels is a cooler one
 NO_GPU_OUT = ROOT / "out"
 
 
@@ -49,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add_workload_arguments(parser)
     output = parser.add_argument_group("what to leave behind")
     output.add_argument("--out", type=Path, metavar="DIR",
-                        help="folder for results and charts (default: plots; without a GPU: out)")
+                        help="folder for results and charts (default: plots, with --peers plots/peers; without a GPU: "
+                             "out; with --plot: each file's own)")
     output.add_argument("--plot", type=Path, nargs="+", metavar="FILE", help="only draw charts from these results")
     output.add_argument("--readme", action="store_true", help="only rewrite README.md's tables from plots/")
     return parser
@@ -119,10 +121,13 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
         from common.readme import rewrite
 
         return 0 if rewrite(ROOT / "README.md", RECORDED, screen.print) else 1
-    out = args.out or (RECORDED if device.type == "cuda" else NO_GPU_OUT)
+    recorded = BESIDE_PEERS if args.peers else RECORDED
+    out = args.out or (recorded if device.type == "cuda" else NO_GPU_OUT)
     if args.plot:
-        prepare_folder(args.out or RECORDED)
-        draw(args.plot, args.out or RECORDED, screen)
+        for path in args.plot:
+            folder = args.out or path.parent
+            prepare_folder(folder)
+            draw([path], folder, screen)
         return 0
     levels = discover() if levels is None else levels
     if args.list:

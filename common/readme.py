@@ -28,8 +28,8 @@ def markdown(run: Run) -> str:
         f"whichever is longer).",
         "",
         "| | level | wall ms (p20 to p80) | step | total | GPU-busy ms | launches | host syncs | of roofline | "
-        "peak MiB | build s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "of bmm | peak MiB | build s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in run.rows:
         gain = gains.get(row.name) if row.kind == "level" else None
@@ -44,8 +44,8 @@ def markdown(run: Run) -> str:
         cells = [
             "" if row.number is None else row.number, name, time, step, ratio(gain.total if gain else None),
             number(row.gpu_ms.p50 if row.gpu_ms else None), "-" if row.launches is None else row.launches,
-            "-" if row.host_syncs is None else row.host_syncs, percent(row.roofline_share), number(row.peak_mib),
-            number(row.build_s),
+            "-" if row.host_syncs is None else row.host_syncs, percent(row.roofline_share), percent(row.bound_share),
+            number(row.peak_mib), number(row.build_s),
         ]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     notes = [f"{row.name}: {row.reason}" for row in run.levels if row.status == "ok" and row.reason]
