@@ -219,7 +219,7 @@ class Fault:
 
 FAULTS = (
     Fault("score forgotten in dA", "_gemm", "    d_hidden = d_hidden * score[:, None]\n", ""),
-    Fault("score forgotten in the activation for dW2", "_gemm", "silu * up * score[:, None]", "silu * up"),
+    Fault("score forgotten in the activation for dW2", "_gemm", "hidden * score[:, None], row", "hidden, row"),
     Fault("dS of the first column tile alone", "_weights", "range(X)", "range(1)"),
     Fault("dS in one column tile's place", "_gemm", "column_tile.to(tl.int64) * R", "column_tile.to(tl.int64) * 0"),
     Fault("dS of one half of a tile", "_gemm", "d_score += swiglu", "d_score = swiglu"),
