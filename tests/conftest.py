@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
+import os
+
 import pytest
 import torch
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a worker a core: more threads would wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -263,15 +264,21 @@ def planted(fault: Fault, folder: Path):
     return copies[""]
 
 
+@functools.cache
+def all_paths(device: torch.device) -> Problem:
+    """A problem that the right kernels solve, of small tiles: two column tiles, three K steps, experts of more than one
+    row tile, and one that is empty."""
+    problem = Problem(Case("all paths", T=150, D=136, F=136, E=5, K=2, routing="skewed"), torch.float32, device)
+    assert_right(problem, problem.run(), torch.float32)
+    return problem
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault, tmp_path, device):
-    module, dtype = planted(fault, tmp_path), torch.float32
-    # Small tiles: two column tiles, three K steps, experts of more than one row tile, and one that is empty.
-    problem = Problem(Case("all paths", T=150, D=136, F=136, E=5, K=2, routing="skewed"), dtype, device)
-    assert_right(problem, problem.run(), dtype)
-    errors = problem.errors(problem.run(module))
-    assert max(errors.values()) > 10 * bound(dtype), errors
+    problem = all_paths(device)
+    errors = problem.errors(problem.run(planted(fault, tmp_path)))
+    assert max(errors.values()) > 10 * bound(torch.float32), errors
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
