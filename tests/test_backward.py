@@ -139,9 +139,14 @@ def test_gradients_are_the_oracles(case, dtype, device):
     assert_right(problem, problem.run(), dtype)
 
 
+MODES = ("nearest", "up", "down", "balance")
+# Every case in every mode on a GPU; in the interpreter, which is slow, each case in one mode, each mode in several.
+ROUNDED = [(case, mode) for i, case in enumerate(CASES) for j, mode in enumerate(MODES)
+           if torch.cuda.is_available() or i % len(MODES) == j]
+
+
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("mode", ["nearest", "up", "down", "balance"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "mode"), ROUNDED, ids=lambda value: str(value))
 def test_gradients_of_a_rounded_routing_are_the_oracles(case, mode, device):
     dtype = DTYPES[0]
     problem = Problem(case, dtype, device, mode, tile=8)
@@ -162,7 +167,7 @@ def test_the_counting_sort_is_a_stable_sort(T, E, K, ids_dtype, device):
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("mode", ["exact", "nearest", "down"])
+@pytest.mark.parametrize("mode", ["exact", "nearest"])
 @pytest.mark.parametrize("copied", [False, True], ids=["gathered", "copied"])
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
 def test_gradients_by_tma_are_the_oracles(case, copied, mode, monkeypatch, device):
@@ -197,7 +202,7 @@ def test_an_expert_without_rows_gets_exact_zeros(mode, device):
 
 @pytest.mark.parametrize("mode", ["exact", "nearest"])
 def test_two_runs_agree_bit_for_bit(mode, device):
-    problem = Problem(Case("skewed", T=90, D=136, F=72, E=8, K=3, routing="skewed"), DTYPES[0], device, mode)
+    problem = Problem(Case("skewed", T=60, D=72, F=40, E=8, K=3, routing="skewed"), DTYPES[0], device, mode)
     first, second = problem.run(), problem.run()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -268,7 +273,7 @@ def planted(fault: Fault, folder: Path):
 def all_paths(device: torch.device) -> Problem:
     """A problem that the right kernels solve, of small tiles: two column tiles, three K steps, experts of more than one
     row tile, and one that is empty."""
-    problem = Problem(Case("all paths", T=150, D=136, F=136, E=5, K=2, routing="skewed"), torch.float32, device)
+    problem = Problem(Case("all paths", T=150, D=72, F=72, E=5, K=2, routing="skewed"), torch.float32, device)
     assert_right(problem, problem.run(), torch.float32)
     return problem
 
@@ -528,6 +533,7 @@ def code() -> dict[str, Compiled]:
     return {name: Compiled(**fields) for name, fields in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
+@pytest.mark.xdist_group("machine code of the backward")
 @pytest.mark.parametrize(("name", "sm"), NAMES)
 def test_machine_code_is_as_planned(code, name, sm):
     found = code[f"{name} sm_{sm}"]

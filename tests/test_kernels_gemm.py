@@ -263,6 +263,7 @@ def code() -> dict[str, Compiled]:
     return compiled([request(kernel) for kernel in KERNELS])
 
 
+@pytest.mark.xdist_group("machine code of grouped GEMMs")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_machine_code_is_as_planned(code, kernel):
     found = code[kernel]
@@ -308,6 +309,7 @@ def plain_code() -> dict[str, Compiled]:
     return compiled([plain_request(f"plain_{which}_kernel", sm) for which in ("up", "down") for sm in SHARED_MEMORY])
 
 
+@pytest.mark.xdist_group("machine code of plain GEMMs")
 @pytest.mark.parametrize("sm", SHARED_MEMORY)
 @pytest.mark.parametrize("kernel", ["plain_up_kernel", "plain_down_kernel"])
 def test_plain_machine_code_is_as_planned(plain_code, kernel, sm):

@@ -30,6 +30,9 @@ SILU = Request("silu_mul", "labs.level2_fused", "silu_mul_kernel",
                ("gate_up_ptr", "hidden_ptr", "F"), warps=4, stages=3)
 
 
+pytestmark = pytest.mark.xdist_group("machine code of the levels")  # one worker compiles for all of these
+
+
 @pytest.fixture(scope="module")
 def code() -> dict[str, Compiled]:
     return compile_all([SILU] + [gemm_request(load, sm) for load in LOADS for sm in SHARED_MEMORY])
