@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from pathlib import Path
 
@@ -364,3 +365,12 @@ def test_memory_and_syncs_are_measured(tmp_path):
     gathered = recorded.shape["T"] * cfg.K * 2 * cfg.F * cfg.D * 4 / 2**20  # gate_up; down comes after it
     assert batched.peak_mib >= gathered
     assert memefficient.peak_mib <= 2048
+
+
+@pytest.mark.parametrize(("flags", "told"), [([], None), (["--autotune"], "search"), (["--no-autotune"], "off")])
+def test_whether_to_search_reaches_the_kernels(flags, told, monkeypatch):
+    monkeypatch.delenv("MOE_AUTOTUNE", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # so that nothing outlives the test
+    args = level_runner.parser().parse_args(["--preset", "tiny", *flags])
+    level_runner.parse_workloads(args, torch.device("cpu"))
+    assert os.environ.get("MOE_AUTOTUNE") == told
