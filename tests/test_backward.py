@@ -132,8 +132,10 @@ def assert_right(problem: Problem, found: dict[str, torch.Tensor], dtype: torch.
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), [
+    pytest.param(case, dtype, marks=pytest.mark.slow if i % 4 and dtype == DTYPES[1] else [], id=f"{case}-{dtype}")
+    for i, case in enumerate(CASES) for dtype in DTYPES
+])
 def test_gradients_are_the_oracles(case, dtype, device):
     problem = Problem(case, dtype, device)
     assert_right(problem, problem.run(), dtype)
@@ -279,7 +281,8 @@ def all_paths(device: torch.device) -> Problem:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=[] if i % 3 == 0 else pytest.mark.slow, id=str(fault))
+                                   for i, fault in enumerate(FAULTS)])
 def test_a_planted_fault_is_caught(fault, tmp_path, device):
     problem = all_paths(device)
     errors = problem.errors(problem.run(planted(fault, tmp_path)))
@@ -519,13 +522,15 @@ def requests(sm: int) -> list[Request]:
     return found
 
 
-NAMES = [(one.name.rpartition(" ")[0], sm) for sm in SHARED_MEMORY for one in requests(sm)]
+# sm_86 and sm_89 have sm_120's tiles.
+NAMES = [pytest.param(one.name.rpartition(" ")[0], sm, marks=[pytest.mark.slow] if sm in (86, 89) else [])
+         for sm in SHARED_MEMORY for one in requests(sm)]
 
 
-@pytest.fixture(scope="module")
-def code() -> dict[str, Compiled]:
+@functools.cache
+def compiled(sm: int) -> dict[str, Compiled]:
     """Request name -> Compiled, in a child without the interpreter."""
-    asked = [dataclasses.asdict(one) for sm in SHARED_MEMORY for one in requests(sm)]
+    asked = [dataclasses.asdict(one) for one in requests(sm)]
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", "tests.test_backward"], cwd=ROOT, env=env, input=json.dumps(asked),
                           text=True, capture_output=True, timeout=900)
@@ -535,8 +540,8 @@ def code() -> dict[str, Compiled]:
 
 @pytest.mark.xdist_group("machine code of the backward")
 @pytest.mark.parametrize(("name", "sm"), NAMES)
-def test_machine_code_is_as_planned(code, name, sm):
-    found = code[f"{name} sm_{sm}"]
+def test_machine_code_is_as_planned(name, sm):
+    found = compiled(sm)[f"{name} sm_{sm}"]
     assert found.count("HGMMA" if sm == 90 else "HMMA") > 0, "tensor cores"
     few = 32 if triton.__version__.startswith("3.6") and name.startswith("hidden_grad") and sm == 90 else 0
     assert found.stack_bytes <= few, "in the epilogue, under Triton 3.6"
