@@ -120,7 +120,7 @@ def up_swiglu_kernel(
             d = start + tl.arange(0, BLOCK_D)
             inside = (d < D)[None, :]
             # In three dimensions, and reshaped: wgmma then takes the weights from registers, which frees their buffer
-            # a step sooner than from shared memory. With a buffer more and from there it is a quarter slower.
+            # a step sooner than from shared memory, where it would need one more (labs/LOG.md, level 8).
             block = (expert * F + strip * BLOCK_F) // 4
             weights = gate_up_desc.load([block, 0, start]).reshape(2 * BLOCK_F, BLOCK_D)
             x = tl.load(x_ptrs + d[None, :], mask=valid[:, None] & inside, other=0.0)
