@@ -83,6 +83,8 @@ def run_alone(level: Level) -> int:
                 screen.print(run_table(stop.run))
                 return 130
             screen.print(run_table(run))
-            screen.print(gate_line(run.rows[-1]))
+            for row in run.rows:
+                if row.number == level.number:
+                    screen.print(gate_line(row))
             failed |= any(row.status == "failed" for row in run.rows)
     return 1 if failed else 0

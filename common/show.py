@@ -74,10 +74,11 @@ def rounding_notes(run: Run) -> list[str]:
 
 def gate_line(row: Row) -> str:
     """One line on what the gate said of a level."""
+    name = f"gate of {row.name}"
     if row.rel_err is None:
-        return f"gate: not reached, {status_text(row)}"
+        return f"{name}: not reached, {status_text(row)}"
     verdict = "FAILED" if row.status == "failed" else "passed"
-    return (f"gate: {verdict}, relative error {row.rel_err:.1e} (bound {row.error_bound:.1e}), "
+    return (f"{name}: {verdict}, relative error {row.rel_err:.1e} (bound {row.error_bound:.1e}), "
             f"worst token {row.worst_row_err:.1e}")
 
 

@@ -742,26 +742,29 @@ def test_every_backend_is_tested():
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_the_breakdown_is_measured_saved_and_drawn_again(mode, tmp_path, capsys):
-    arguments = ["--device", "cpu", "--mode", mode, "--rounds", "1", "--out", str(tmp_path)]
+    arguments = ["--quick", "--mode", mode, "--rounds", "1", "--out", str(tmp_path)]
     assert study.main(full_moe_benchmark.STUDY, arguments) == 0
-    stem = tmp_path / f"cpu_full_moe_tiny_{mode}"
+    stem = next(tmp_path.glob(f"*_full_moe_tiny_{mode}.json")).with_suffix("")
     record = json.loads(stem.with_suffix(".json").read_text())
     rows = {row["name"]: row for row in record["figures"]["rows"]}
     assert rows["+ grouped GEMM"]["forward_ms"]["p50"] > 0
     last = "+ IO overlap" if mode == "train" else "+ IO overlap, CUDA graph"
-    assert rows[last]["status"] == "unsupported", "no time for kernels that a CPU lacks"
+    if torch.cuda.is_available():
+        assert rows[last]["forward_ms"]["p50"] > 0
+    else:
+        assert rows[last]["status"] == "unsupported", "no time for kernels that a CPU lacks"
     drawn = stem.with_suffix(".svg").read_bytes()
     stem.with_suffix(".svg").unlink()
     assert study.main(full_moe_benchmark.STUDY, ["--plot", str(stem.with_suffix(".json"))]) == 0
     assert stem.with_suffix(".svg").read_bytes() == drawn
-    assert "n/a" in capsys.readouterr().out
+    assert torch.cuda.is_available() or "n/a" in capsys.readouterr().out
 
 
 def test_a_wrong_row_of_the_breakdown_gets_no_time(tmp_path, monkeypatch, capsys):
     original = experts_module.BACKENDS["grouped"]
     monkeypatch.setitem(experts_module.BACKENDS, "grouped", lambda x, gate_up, down, admitted: original(
         x, gate_up.roll(96, dims=1), down, admitted))
-    assert study.main(full_moe_benchmark.STUDY, ["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert study.main(full_moe_benchmark.STUDY, ["--quick", "--out", str(tmp_path)]) == 1
     assert "+ grouped GEMM: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -770,7 +773,7 @@ def test_a_wrong_row_of_the_breakdown_gets_no_time(tmp_path, monkeypatch, capsys
     (["--config", "gpt"], "preset='gpt'"), (["--tokens", "0"], "'0'"), (["--mode", "both"], "'both'")])
 def test_wrong_arguments_of_the_breakdown_are_named(arguments, named, tmp_path, capsys):
     try:
-        status = study.main(full_moe_benchmark.STUDY, [*arguments, "--device", "cpu", "--out", str(tmp_path)])
+        status = study.main(full_moe_benchmark.STUDY, [*arguments, "--quick", "--out", str(tmp_path)])
     except SystemExit as stop:
         status = stop.code
     assert status == 2
@@ -779,10 +782,12 @@ def test_wrong_arguments_of_the_breakdown_are_named(arguments, named, tmp_path, 
 
 @pytest.mark.slow
 def test_the_training_run_is_recorded(tmp_path):
-    arguments = ["--device", "cpu", "--steps", "3", "--out", str(tmp_path)]
+    arguments = ["--quick", "--steps", "3", "--out", str(tmp_path)]
     assert study.main(train_byte_lm.STUDY, arguments) == 0
-    runs = json.loads((tmp_path / "cpu_byte_lm.json").read_text())["figures"]["runs"]
+    path = next(tmp_path.glob("*_byte_lm.json"))
+    runs = json.loads(path.read_text())["figures"]["runs"]
     assert set(runs) == set(train_byte_lm.RUNS)
     assert all(len(run["losses"]) == len(run["gini"]) == 3 for run in runs.values())
-    assert runs[train_byte_lm.OPTIMIZED]["losses"] == pytest.approx(runs[train_byte_lm.LOOP]["losses"], rel=1e-4)
-    assert (tmp_path / "cpu_byte_lm.svg").exists()
+    near = 2e-2 if torch.cuda.is_available() else 1e-4  # kernels in bfloat16 against a loop in float32
+    assert runs[train_byte_lm.OPTIMIZED]["losses"] == pytest.approx(runs[train_byte_lm.LOOP]["losses"], rel=near)
+    assert path.with_suffix(".svg").exists()

@@ -76,4 +76,4 @@ def test_a_level_runs_alone_from_any_folder(loaded, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert loaded.level.adds in " ".join(done.stdout.split())
     assert f"│ {loaded.level.number} │" in done.stdout
-    assert re.search(r"gate: (passed, relative error|not reached, n/a \(needs CUDA\))", done.stdout)
+    assert re.search(r"gate of \w+: (passed, relative error|not reached, n/a \(needs CUDA\))", done.stdout)

@@ -155,9 +155,10 @@ def experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: t
     dtype = autocast_dtype(device) or hidden_states.dtype
     backend = choose_backend("auto", True, device, dtype, D, F, E)
     scores_TK = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
-    # Under expert parallelism ids of E and more stand for experts of other ranks.
-    expert_ids_TK = top_k_index.clamp(max=E)
-    admitted = Admitted(scores_TK, expert_ids_TK, SlotRows.of(expert_ids_TK, E, may_drop=self._is_expert_parallel))
+    # Under expert parallelism ids of E and more stand for experts of other ranks. A release of transformers 5 that does
+    # not say whether it is on may drop slots at any time.
+    expert_ids_TK, may_drop = top_k_index.clamp(max=E), getattr(self, "_is_expert_parallel", True)
+    admitted = Admitted(scores_TK, expert_ids_TK, SlotRows.of(expert_ids_TK, E, may_drop))
     return compute_experts(hidden_states, self.gate_up_proj, self.down_proj, admitted, backend.name)
 
 

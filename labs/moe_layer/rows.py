@@ -19,6 +19,17 @@ from labs.kernels.rounding import Plan, Rounded, combine_rounded
 # T tokens, D model width, E experts, K top-k, R = T*K rows, C rows after rounding at most.
 
 
+def sort_rows_plainly(expert_ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What sort_rows gives, by PyTorch operations: for tensors on a CPU, where its kernels could only be interpreted,
+    and where there is a GPU beside it not even that."""
+    ids_R, slot_of_row_R = expert_ids_TK.flatten().sort(stable=True)
+    offsets_E1 = torch.searchsorted(ids_R, torch.arange(E + 1, device=ids_R.device, dtype=ids_R.dtype), out_int32=True)
+    row_of_slot_R = torch.empty_like(slot_of_row_R, dtype=torch.int32)
+    row_of_slot_R[slot_of_row_R] = torch.arange(ids_R.numel(), device=ids_R.device, dtype=torch.int32)
+    token_of_row_R = torch.div(slot_of_row_R, expert_ids_TK.shape[1], rounding_mode="floor").int()
+    return offsets_E1, token_of_row_R, row_of_slot_R.view_as(expert_ids_TK)
+
+
 class SlotRows(NamedTuple):
     """Rows sorted by expert, ties in token order, from K slots a token. All int32."""
 
@@ -30,7 +41,8 @@ class SlotRows(NamedTuple):
     @classmethod
     def of(cls, expert_ids_TK: torch.Tensor, E: int, may_drop: bool) -> SlotRows:
         """Sort the slots; an id of E is a dropped one. No host sync."""
-        offsets_E1, token_of_row_R, row_of_slot_TK = sort_rows(expert_ids_TK, E)
+        sort = sort_rows if expert_ids_TK.is_cuda else sort_rows_plainly
+        offsets_E1, token_of_row_R, row_of_slot_TK = sort(expert_ids_TK, E)
         rows_R = torch.arange(token_of_row_R.numel(), device=token_of_row_R.device) if may_drop else None
         unused_R1 = (rows_R >= offsets_E1[-1])[:, None] if may_drop else None
         return cls(offsets_E1, token_of_row_R, row_of_slot_TK, unused_R1)
