@@ -2,8 +2,9 @@
 
     dW2 (E, D, F)  = dO gathered.T @ A'       dW1 (E, 2F, D) = dH.T @ x gathered
 
-One kernel makes both: one operand is gathered by token as it is loaded, the other sorted. The gathered one is always
-the narrow side of the tile, M, because its rows come by cp.async; dW1's tile is transposed as it is stored.
+For every GPU and dtype but bf16 on Hopper, where weight_gemm.py is faster. One kernel makes both: one operand is
+gathered by token as it is loaded, the other sorted. The gathered one is always the narrow side of the tile, M, because
+its rows come by cp.async; dW1's tile is transposed as it is stored.
 
     gathered   pointers, 16-byte cp.async; the rows' tokens are loaded a step before their rows
     sorted     TMA where the tile says so, else pointers
@@ -25,6 +26,7 @@ import torch
 from labs.kernels.backward_loop import blocks, describe, halves, programs
 from labs.kernels.plain_gemm import PlainTile
 from labs.kernels.tiles import check
+from labs.kernels.weight_gemm import weight_gemm
 
 import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
@@ -159,6 +161,9 @@ def weight_grad(
         return
     if spare_rows and tile.tma:
         zero_tail_kernel[(tile.block_K, triton.cdiv(S, 1024))](sorted_RS, offsets_E1, E, R, S, BLOCK=1024, num_warps=4)
+    if tile.tma and sorted_RS.dtype == torch.bfloat16:
+        weight_gemm(gathered_TG, token_of_row_R, sorted_RS, offsets_E1, out, transposed, accumulate)
+        return
     grid = programs(E * triton.cdiv(G, tile.block_M) * triton.cdiv(S, tile.block_N), sorted_RS.device)
     weight_grad_kernel[(grid,)](
         gathered_TG, token_of_row_R, describe(sorted_RS, [tile.block_K, tile.block_N], tile), out, offsets_E1, E,
