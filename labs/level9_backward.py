@@ -6,7 +6,8 @@ Why    level 8 has no gradient, and a forward that autograd may differentiate ke
 How    forward    x --gather--> up: H and A = silu(gate) * up --> down --> sum over k        keeps x, H, scores, indices
        backward   dO --gather--> dA' = dO down, and in its epilogue A again from H, dS = <dA', A>, dH, A' = s * A
                   dH gate_up, summed over k: dX;  dW1, dW2: GEMMs whose reduction runs over an expert's rows
-       The two halves are registered operators (labs/kernels/backward.py) on plain Triton kernels. No float atomics.
+       The two halves are registered operators (labs/kernels/backward.py) on plain Triton kernels; on Hopper dW1 and
+       dW2 have warp-specialised ones (labs/kernels/weight_gemm.py). No float atomics.
        This file's row in the ladder is the forward that trains: it writes H, which level 8 does not.
 Costs  gate and up stay apart, as the optimizer holds them, and a copy repacked at every step would cost more than it
        saves: so level 8's kernels, which want them interleaved, are not used. D and F are multiples of 8.
