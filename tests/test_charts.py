@@ -140,6 +140,7 @@ def test_draw_all_writes_png_and_svg(tmp_path):
 def test_panels_prefer_the_presets_token_counts():
     sweep = [made_up(T, row(0, 1.0)) for T in (64, 128, 256, 512, 16384, 32768)]
     assert [run.shape["T"] for run in charts.panels(sweep)] == list(DEFAULT_TOKENS["qwen3-30b-a3b"])
+    assert charts.panels(sweep[:3]) == sweep[:3], "few enough for a panel each"
 
 
 def test_speedups_skip_what_has_no_time():
@@ -174,9 +175,20 @@ def test_a_rounded_bar_is_hatched_and_named():
     hatched = [{patch.get_gid() for patch in ax.patches if patch.get_hatch()} for ax in (exact, rounded)]
     assert hatched == [set(), {"name2", "name3 rounded"}]
     words = [text.get_text() for text in rounded.texts]
-    assert sum(word.endswith(", rounded") for word in words) == 2
-    assert any("another function" in text.get_text() for text in rounded.get_legend().get_texts())
+    assert sum(word.endswith(" rounded") for word in words) == 2
+    assert any("another function" in text.get_text() for text in rounded.figure.legends[0].get_texts())
     assert not any("another function" in text.get_text() for text in charts.ladder(RUNS).findobj(plt.Text))
+
+
+def test_a_level_that_does_more_has_its_own_colour():
+    run = made_up(64, row(0, 10.0), row(8, 1.0), row(9, 2.0))
+    for chart in (charts.ladder, charts.memory, charts.roofline):
+        fig = chart([run])
+        colors = {patch.get_gid(): patch.get_facecolor() for patch in fig.axes[0].patches if patch.get_gid()}
+        assert colors["name9"] not in (colors["name8"], colors["name0"]), "its time is no step of the ladder's"
+        assert any("level 9: does more" in text.get_text() for text in fig.legends[0].get_texts())
+    scale = charts.scale([run, made_up(128, row(9, 3.0))]).axes[0]
+    assert {line.get_gid() for line in scale.lines if line.get_linestyle() == ":"} == {"name9"}
 
 
 def test_a_rounded_point_has_its_own_mark():
