@@ -439,7 +439,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
         colors = [COLORS[0] if gain > 1 + SLACK else COLORS[1] if gain < 1 - SLACK else COLORS[6] for gain in gains]
         ax.bar(range(len(gains)), gains, color=colors, gid=one["idea"])
         for place, gain in enumerate(gains):
-            ax.text(place, gain, number(gain, 2), ha="center", va="bottom", fontsize=15)
+            ax.text(place, gain, f"{gain:.2f}", ha="center", va="bottom", fontsize=14)
         ax.axhline(1, color="black", lw=2)
         ax.set_xticks(range(len(gains)), [f"{point['size']:g}" for point in one["points"]], rotation=45)
         ax.set_xlabel(one["axis"], fontsize=14)
