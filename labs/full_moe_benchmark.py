@@ -303,7 +303,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
             if key == times[-1][0] and first:
                 text += f", {number(first / spread['p50'])}x"
             axes[0].text(spread["p50"], y, text, va="center", fontsize=15)
-    axes[0].set_xlabel("milliseconds (median)")
+    axes[0].set_xlabel("milliseconds (median)" if training else "milliseconds a forward (median)")
     handles = [Patch(color=color, label=label) for _, label, color in times] if training else []
     if not all(row["cumulative"] for row in rows):
         handles.append(Patch(color="#555", alpha=0.5, label="pale: the last step in another form"))

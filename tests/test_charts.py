@@ -15,7 +15,7 @@ from rich.console import Console
 from common import charts
 from common.config import DEFAULT_TOKENS
 from common.measure import Spread
-from common.readme import TABLE, markdown, render
+from common.readme import TABLE, TRAINING, markdown, render, training_markdown
 from common.results import Row, Run, load, save, speedups
 from common.show import run_table
 
@@ -271,9 +271,25 @@ def test_render_replaces_only_what_stands_between_markers(tmp_path):
         render(text.replace(" 64 ", " 128 "), tmp_path)
 
 
+def test_the_training_table_holds_medians_and_memory():
+    record = {"environment": ENVIRONMENT, "figures": {"shapes": [
+        {"config": "small", "shape": {"T": 1024}, "dtype": "bfloat16", "rows": [
+            {"name": name, "step_ms": {"p20": ms * 0.9, "p50": ms, "p80": ms * 1.1}, "kept_mib": kept, "peak_mib": peak}
+            for name, ms, kept, peak in (("our kernels", 10.0, 100.0, 400.0), ("checkpointed", 14.0, 20.0, 300.0),
+                                         ("grouped_mm, float32 sum", 30.0, 500.0, 900.0),
+                                         ("grouped_mm, bmm sum", 20.0, 600.0, 800.0))]}]}}
+    found = training_markdown(record)
+    assert ("| small | 1,024 | 10.0 (9.00 to 11.0) | 20.0 (18.0 to 22.0) | 2.00x | 14.0 (12.6 to 15.4) | "
+            "100 | 600 | 20.0 | 400 | 800 | 300 |") in found
+    assert "NVIDIA Test, driver 1, torch 2, Triton 3, bfloat16, commit abc, 2026-01-01." in found
+    record["figures"]["shapes"][0]["rows"][0]["step_ms"]["p80"] = 19.0
+    assert "2.00x, within the spread" in training_markdown(record)
+
+
 def test_the_readme_equals_the_recorded_json():
     text = (ROOT / "README.md").read_text()
     assert TABLE.search(text), "the README shows no recorded table"
+    assert TRAINING.search(text), "the README shows no training figures"
     assert render(text, ROOT / "plots") == text, "run: python level_runner.py --readme"
 
 
