@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from labs import checklist
+from labs import backward_benchmark, checklist, full_moe_benchmark, train_byte_lm
 from labs.studies import (
     grouped_gemm,
     moe_basics,
@@ -342,6 +342,16 @@ def test_recorded_studies_still_say_what_their_figures_say():
         record = json.loads(path.read_text())
         if record["study"] in TINY:
             assert record["conclusion"] == study.sentence(study_of(record["study"]), record), path.name
+
+
+def test_recorded_trainings_still_say_what_their_figures_say():
+    """The same of plots/training."""
+    by_name = {one.STUDY.name: one.STUDY for one in (backward_benchmark, full_moe_benchmark, train_byte_lm)}
+    paths = sorted((study.ROOT / "plots" / "training").glob("*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert record["conclusion"] == study.sentence(by_name[record["study"]], record), path.name
 
 
 # ---- the checklist ---------------------------------------------------------------------------------
