@@ -7,7 +7,7 @@ measured on which GPU at which commit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,19 +18,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from common.config import DEFAULT_TOKENS
 from common.references import BOUND
 from common.results import Row, Run, speedups
-from common.show import number
+from common.show import number, percent, status_text
 
 GAIN, LOSS, FIRST, ABSENT, BOUND_COLOR = "#2a6fbb", "#d1495b", "#7a7f87", "#e3e5e8", "#2e933c"
+MORE = "#7b5ea7"
+SAME_JOB = 8  # levels above it add a capability (CONTRIBUTING.md), so their forward does more than the ladder's
+LEVEL_COLORS = ("#111111", "#a0522d", "#e9a03b", "#7a7f87", "#d1495b", "#e377c2", "#4fb3bf", "#2a6fbb", "#2e933c",
+                MORE)
 ROUNDED = {"hatch": "//", "edgecolor": "white"}  # a bar of rounded routing: another function than the others
 STYLE = {
     "figure.figsize": (16, 9), "figure.dpi": 100, "font.size": 16, "axes.titlesize": 20,
     "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "charts", "svg.fonttype": "path",
 }
 MOST_PANELS = 3
+MOST_LETTER = 0.0075  # a letter of a label, as a share of the figure's width
 MOST_PEER_PANELS = 6
 PEER_AXIS = 3.5
 
@@ -49,39 +55,61 @@ def caption(runs: Sequence[Run]) -> str:
 def panels(runs: Sequence[Run]) -> list[Run]:
     """The runs that get a panel each: those of the preset's default token counts, else the first few."""
     wanted = DEFAULT_TOKENS.get(runs[0].preset, ())
-    return [run for run in runs if run.shape["T"] in wanted][:MOST_PANELS] or list(runs)[:MOST_PANELS]
+    usual = [run for run in runs if run.shape["T"] in wanted][:MOST_PANELS]
+    return usual if usual and len(runs) > MOST_PANELS else list(runs)[:MOST_PANELS]
 
 
-def absence(row: Row) -> str:
-    """The word that stands in place of a missing bar."""
-    return {"oom": "out of memory", "failed": "FAILED"}.get(row.status, "n/a")
+def does_more(row: Row) -> bool:
+    """Whether the level does more than the ladder's job, so that its time is no step of it."""
+    return row.number is not None and row.number > SAME_JOB
+
+
+def plain(value: float, _: object = None) -> str:
+    """A tick's label without an exponent."""
+    return f"{value:,.10g}"
 
 
 def level_bars(ax: Axes, run: Run, value: Callable[[Row], float | None], label: Callable[[Row], str],
-               color: Callable[[Row], str], log: bool = True) -> None:
+               color: Callable[[Row], str], log: bool) -> None:
     """One bar a level of `run`, level 0 on top; a level without a value says why where its bar would be."""
-    ax.set_yticks(range(len(run.levels)), [f"{row.number} {row.name}" for row in run.levels])
+    names = [f"{row.number} {row.name}".replace(" rounded", "\nrounded") for row in run.levels]
+    ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(run.levels) - 0.4, -0.6)
     known = [value(row) for row in run.levels if value(row)]  # a peak of 0 has no place on a log axis
     least, most = (min(known), max(known)) if known else (1.0, 1.0)
+    words = {row.name: f" {label(row)}" + ("\n rounded" if row.variant == "rounded" else "")
+             for row in run.levels if value(row) is not None}
+    longest = max((len(line) for text in words.values() for line in text.split("\n")), default=0)
+    free = min(0.7, longest * MOST_LETTER * len(ax.figure.axes))  # of the axis, for the label of the longest bar
     if log:
         ax.set_xscale("log")
         left = min(1.0, least) * 0.7 if least > 0.01 else least * 0.7
-        ax.set_xlim(left, most * (most / left) ** 0.75)  # room for the label of the longest bar
+        ax.set_xlim(left, most * (most / left) ** (free / (1 - free)))
+        ax.xaxis.set_major_locator(LogLocator(numticks=6))
+        ax.xaxis.set_major_formatter(lambda at, _: plain(at) if at <= most else "")  # beyond it is only room
+        ax.xaxis.set_minor_formatter(NullFormatter())
     else:
-        ax.set_xlim(0, most * 1.25)
+        ax.set_xlim(0, most / (1 - free))
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(plain)
     for position, row in enumerate(run.levels):
         length = value(row)
         if length is None:
             ax.axhspan(position - 0.4, position + 0.4, color=ABSENT, zorder=0)
-            ax.text(0.03, position, absence(row), va="center", color="#555", transform=ax.get_yaxis_transform())
+            ax.text(0.03, position, status_text(row), va="center", color="#555", fontsize=14,
+                    transform=ax.get_yaxis_transform())
         else:
             ax.barh(position, length, 0.8, color=color(row), gid=row.name,
                     **(ROUNDED if row.variant == "rounded" else {}))
-            words = f" {label(row)}" + (", rounded" if row.variant == "rounded" else "")
-            ax.text(length, position, words, va="center", fontsize=15, zorder=5,
+            ax.text(length, position, words[row.name], va="center", fontsize=14, zorder=5, linespacing=0.9,
                     bbox={"facecolor": "white", "alpha": 0.9, "edgecolor": "none", "pad": 0})
     ax.grid(axis="x", alpha=0.3)
+
+
+def differ_by_much(values: Iterable[float | None]) -> bool:
+    """Whether only a log axis shows the smallest beside the largest."""
+    known = [value for value in values if value]
+    return bool(known) and max(known) > 10 * min(known)
 
 
 def figure(runs: Sequence[Run], title: str, columns: int) -> tuple[Figure, list[Axes]]:
@@ -92,10 +120,31 @@ def figure(runs: Sequence[Run], title: str, columns: int) -> tuple[Figure, list[
     return fig, list(axes[0])
 
 
+def legend_above(fig: Figure, handles: list[Patch | Line2D]) -> None:
+    """One legend for all panels, between the title and them, where no bar can be under it."""
+    if handles:
+        fig.suptitle(fig.get_suptitle() + "\n", fontsize=26, fontweight="bold")
+        fig.legend(handles=handles, fontsize=13, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=len(handles),
+                   frameon=False, columnspacing=1.2, handlelength=1.6)
+
+
+def marks(runs: Sequence[Run]) -> list[Patch]:
+    """What a legend must say of rows that do not do the ladder's job."""
+    rows = [row for run in runs for row in run.levels]
+    handles = []
+    more = sorted({row.number for row in rows if does_more(row)})
+    if more:
+        handles.append(Patch(color=MORE, label=f"level {', '.join(map(str, more))}: does more than this forward"))
+    if any(row.variant == "rounded" for row in rows):
+        handles.append(Patch(facecolor=FIRST, label="rounded: another function than top-k", **ROUNDED))
+    return handles
+
+
 def ladder(runs: Sequence[Run]) -> Figure:
     """Cumulative speedup a level: bar length is the total; the text also gives the step."""
     chosen = panels(runs)
     fig, axes = figure(chosen, "From Python loops towards the GPU's limit: cumulative speedup", len(chosen))
+    log = differ_by_much(gain.total for run in chosen for gain in speedups(run).values())
     for ax, run in zip(axes, chosen, strict=True):
         gains = speedups(run)
 
@@ -109,20 +158,18 @@ def ladder(runs: Sequence[Run]) -> Figure:
 
         def hue(row: Row, gains=gains) -> str:
             gain = gains[row.name]
+            if does_more(row):
+                return MORE
             return FIRST if gain.step is None or not gain.clear else GAIN if gain.step > 1 else LOSS
 
-        level_bars(ax, run, total, text, hue)
+        level_bars(ax, run, total, text, hue, log)
         first = next((row for row in run.levels if row.timed), None)
         under = f"level {first.number} takes {number(first.wall_ms.p50)} ms" if first else "nothing timed"
         ax.set_title(f"{run.shape['T']:,} tokens\n{under}")
-        ax.set_xlabel("times faster than level 0 (log)" if not first or first.number == 0
-                      else f"times faster than level {first.number} (log)")
-        ax.set_ylim(len(run.levels) - 0.4, -1.9)  # the legend's place, shared by all panels
+        ax.set_xlabel(f"times faster than level {first.number if first else 0}" + " (log)" * log)
     handles = [Patch(color=GAIN, label="faster than the level before"), Patch(color=LOSS, label="slower"),
                Patch(color=FIRST, label="start, or no clear difference")]
-    if any(row.variant == "rounded" for run in chosen for row in run.levels):
-        handles.append(Patch(facecolor=FIRST, label="rounded: another function than top-k", **ROUNDED))
-    axes[-1].legend(handles=handles, fontsize=13, loc="upper right", frameon=False)
+    legend_above(fig, [*handles, *marks(chosen)])
     return fig
 
 
@@ -134,13 +181,13 @@ def scale(runs: Sequence[Run]) -> Figure:
     roof = max(times) * 3
     any_rounded = any(row.variant == "rounded" for run in runs for row in run.levels)
     names = list({row.name: row.number for run in runs for row in run.levels}.items())
-    colors = plt.get_cmap("viridis")
     for index, (name, level) in enumerate(names):
-        color = colors(index / max(1, len(names) - 1) * 0.92)
+        color = LEVEL_COLORS[level % len(LEVEL_COLORS)]  # a level's variants share it
         points = [(run.shape["T"], row) for run in runs for row in run.levels if row.name == name]
         timed = [(T, row.wall_ms.p50) for T, row in points if row.timed]
         rounded = [(T, row.wall_ms.p50) for T, row in points if row.timed and row.variant == "rounded"]
-        ax.plot(*zip(*timed, strict=True) if timed else ([], []), "o-", color=color, lw=3, ms=8,
+        style = ":" if level > SAME_JOB else "--" if "rounded" in name else "-"
+        ax.plot(*zip(*timed, strict=True) if timed else ([], []), "o", ls=style, color=color, lw=3, ms=8,
                 label=f"{level} {name}", gid=name)
         ax.plot(*zip(*rounded, strict=True) if rounded else ([], []), "s", color="white", mec=color, ms=11, mew=3,
                 gid=f"{name}-rounded")
@@ -148,14 +195,20 @@ def scale(runs: Sequence[Run]) -> Figure:
         ax.plot(lost, [roof * 1.3**-index for _ in lost], "x", color=color, ms=12, mew=3, gid=f"{name}-oom")
     bound = [(run.shape["T"], run.row(BOUND).wall_ms.p50) for run in runs if run.row(BOUND) and run.row(BOUND).timed]
     if bound:
-        ax.plot(*zip(*bound, strict=True), "--", color=BOUND_COLOR, lw=3, label="two bare cuBLAS bmm", gid="bound")
+        ax.plot(*zip(*bound, strict=True), "-.", color="black", lw=2, label="two bare cuBLAS bmm", gid="bound")
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds a forward (log)")
     ax.set_xscale("log", base=2)
+    ax.yaxis.set_major_formatter(plain)
+    if max(times) < 100 * min(times):
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 4, 6, 8)))
+        ax.yaxis.set_minor_formatter(plain)
     ticks = [run.shape["T"] for run in runs]
     ax.set_xticks(ticks, [f"{T:,}" for T in ticks])
     ax.grid(alpha=0.3)
-    signs = "x: out of memory, square: rounded routing" if any_rounded else "x: out of memory"
-    ax.legend(fontsize=14, loc="center left", bbox_to_anchor=(1.0, 0.5), title=f"level ({signs})")
+    signs = ["x: out of memory"] + ["square: rounded routing"] * any_rounded
+    signs += ["dotted: does more than a forward"] * any(level > SAME_JOB for _, level in names)
+    ax.legend(fontsize=15, loc="center left", bbox_to_anchor=(1.0, 0.5), title="\n".join(["level", *signs]),
+              title_fontsize=13, handlelength=3)
     return fig
 
 
@@ -163,11 +216,13 @@ def memory(runs: Sequence[Run]) -> Figure:
     """Peak memory a level, above weights, input and output."""
     chosen = panels(runs)
     fig, axes = figure(chosen, "Peak memory above weights, input and output", len(chosen))
+    log = differ_by_much(row.peak_mib for run in chosen for row in run.levels if row.status == "ok")
     for ax, run in zip(axes, chosen, strict=True):
         level_bars(ax, run, lambda row: row.peak_mib if row.status == "ok" else None,
-                   lambda row: number(row.peak_mib), lambda row: GAIN)
+                   lambda row: number(row.peak_mib), lambda row: MORE if does_more(row) else GAIN, log)
         ax.set_title(f"{run.shape['T']:,} tokens")
-        ax.set_xlabel("MiB (log)")
+        ax.set_xlabel("MiB" + " (log)" * log)
+    legend_above(fig, marks(chosen))
     return fig
 
 
@@ -177,17 +232,21 @@ def roofline(runs: Sequence[Run]) -> Figure:
     fig, axes = figure(chosen, "Share of the roofline", len(chosen))
     for ax, run in zip(axes, chosen, strict=True):
         level_bars(ax, run, lambda row: 100 * row.roofline_share if row.roofline_share else None,
-                   lambda row: f"{number(100 * row.roofline_share, 2)}%", lambda row: GAIN, log=False)
+                   lambda row: percent(row.roofline_share),
+                   lambda row: MORE if does_more(row) else GAIN, log=False)
+        shares = [100 * row.roofline_share for row in run.rows if row.roofline_share]
         bound = run.row(BOUND)
+        words = ""
         if bound and bound.roofline_share:
-            ax.axvline(100 * bound.roofline_share, color=BOUND_COLOR, ls="--", lw=3, gid="bound",
-                       label=f"two bare cuBLAS bmm: {100 * bound.roofline_share:.0f}%")
-            ax.legend(fontsize=13, loc="upper right")
-        ax.set_xlim(0, 130)
+            ax.axvline(100 * bound.roofline_share, color=BOUND_COLOR, ls="--", lw=3, gid="bound", zorder=1)
+            words = f"two bare bmm: {100 * bound.roofline_share:.0f}%"
+        ax.set_xlim(0, 1.35 * max(shares, default=100))
         arithmetic = run.flops / run.ceilings["matmul_tflops"] > run.least_bytes / run.ceilings["copy_tbps"]
         limit = "arithmetic" if arithmetic else "memory"
-        ax.set_title(f"{run.shape['T']:,} tokens\n100% is {number(run.roofline_ms)} ms ({limit})")
+        ax.set_title(f"{run.shape['T']:,} tokens, {words}\n100% is {number(run.roofline_ms)} ms ({limit})", fontsize=17)
         ax.set_xlabel("% of the roofline")
+    bare = Line2D([], [], color=BOUND_COLOR, ls="--", lw=3, label="two bare cuBLAS bmm")
+    legend_above(fig, [bare, *marks(chosen)])
     return fig
 
 
@@ -200,7 +259,7 @@ def peers(runs: Sequence[Run]) -> Figure:
     """Our levels beside other libraries' layers, one panel a token count: median wall time, fastest on top, with the
     20th to 80th percentile. The bound is a line. Bars over PEER_AXIS times the fastest are cut, and say so."""
     chosen = [run for run in runs if has_peers(run)][:MOST_PEER_PANELS]
-    across = min(len(chosen), 3)
+    across = 2 if len(chosen) == 4 else min(len(chosen), 3)
     fig, axes = plt.subplots(-(-len(chosen) // across), across, squeeze=False, layout="constrained")
     fig.suptitle("Beside other libraries: same weights, same rounds\n", fontsize=26, fontweight="bold")
     fig.supxlabel(caption(chosen), fontsize=12, color="#555")
@@ -227,11 +286,11 @@ def peers(runs: Sequence[Run]) -> Figure:
         ax.set_xlim(0, end)
         ax.set_title(f"{run.shape['T']:,} token{'s' if run.shape['T'] > 1 else ''}")
         ax.set_xlabel("ms, as the caller sees it", fontsize=13)
-        ax.tick_params(labelsize=12)
+        ax.tick_params(labelsize=13)
     words = f"bare {BOUND}: no routing, gather, activation or sum"
     handles = [Patch(color=GAIN, label="ours"), Patch(color=FIRST, label="others"),
-               Line2D([], [], color=BOUND_COLOR, linewidth=2, label=words)]
-    fig.legend(handles=handles, fontsize=14, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=3, frameon=False)
+               Line2D([], [], color=BOUND_COLOR, linewidth=2, label=words), *marks(chosen)]
+    fig.legend(handles=handles, fontsize=14, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=4, frameon=False)
     return fig
 
 

@@ -1,11 +1,13 @@
 """README.md's tables, generated from plots/*.json between pairs of markers.
 
 A marker names the file and the token counts: `<!-- table h200_qwen3-30b-a3b 64,512,16384 -->` up to
-`<!-- end -->`. What stands between is replaced; everything else is prose and left alone.
+`<!-- end -->`; that of labs/backward_benchmark.py's figures the file alone: `<!-- training training/h200_backward -->`.
+What stands between is replaced; everything else is prose and left alone.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from common.results import Run, load, speedups
 from common.show import name_text, number, percent, ratio, rounding_notes, status_text
 
 TABLE = re.compile(r"(?P<open><!-- table (?P<stem>\S+) (?P<tokens>[\d,]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+TRAINING = re.compile(r"(?P<open><!-- training (?P<stem>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
 def markdown(run: Run) -> str:
@@ -56,6 +59,34 @@ def markdown(run: Run) -> str:
     return "\n".join(lines)
 
 
+def training_markdown(record: dict) -> str:
+    """labs/backward_benchmark.py's figures as a markdown table: a row a shape, our kernels against the faster of
+    grouped_mm's two ways to sum."""
+    env = record["environment"]
+    lines = [
+        "| layer | tokens | forward + backward, ms (p20 to p80) | grouped_mm | speedup | checkpointed | kept MiB | "
+        "grouped_mm | checkpointed | peak MiB | grouped_mm | checkpointed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in record["figures"]["shapes"]:
+        rows = {row["name"]: row for row in shape["rows"]}
+        ours, saving = rows["our kernels"], rows["checkpointed"]
+        base = min((row for name, row in rows.items() if name.startswith("grouped_mm")),
+                   key=lambda row: row["step_ms"]["p50"])
+        times = [row["step_ms"] for row in (ours, base, saving)]
+        spread = [f"{number(one['p50'])} ({number(one['p20'])} to {number(one['p80'])})" for one in times]
+        gain = ratio(times[1]["p50"] / times[0]["p50"])
+        if times[0]["p80"] >= times[1]["p20"] and times[1]["p80"] >= times[0]["p20"]:
+            gain += ", within the spread"
+        memory = [number(row[key]) for key in ("kept_mib", "peak_mib") for row in (ours, base, saving)]
+        cells = [shape["config"], f"{shape['shape']['T']:,}", *spread[:2], gain, spread[2], *memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    dtypes = ", ".join(sorted({shape["dtype"] for shape in record["figures"]["shapes"]}))
+    lines += ["", f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}, Triton {env['triton']}, {dtypes}, "
+                  f"commit {env['commit']}, {env['date']}."]
+    return "\n".join(lines)
+
+
 def render(text: str, recorded: Path) -> str:
     """`text` with every marked table generated anew from `recorded`/<stem>.json. Raises ValueError if a
     marker names tokens that the file does not have."""
@@ -70,7 +101,11 @@ def render(text: str, recorded: Path) -> str:
         body = "\n\n".join(markdown(runs[T]) for T in wanted)
         return f"{match['open']}\n{body}\n\n{match['end']}"
 
-    return TABLE.sub(table, text)
+    def training(match: re.Match) -> str:
+        record = json.loads((recorded / f"{match['stem']}.json").read_text())
+        return f"{match['open']}\n{training_markdown(record)}\n\n{match['end']}"
+
+    return TRAINING.sub(training, TABLE.sub(table, text))
 
 
 def rewrite(readme: Path, recorded: Path, say: Callable[[str], object]) -> bool:

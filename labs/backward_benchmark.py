@@ -36,7 +36,18 @@ from common.show import number
 from labs.kernels.backward import activation_bytes, moe_experts
 from labs.moe_layer.definition import Errors
 from labs.moe_layer.memory import measure_kept_bytes
-from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, main, plain_table, time_together
+from labs.studies.study import (
+    COLORS,
+    ROOT,
+    Options,
+    Refused,
+    Study,
+    figure,
+    legend_above,
+    main,
+    plain_table,
+    time_together,
+)
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 
@@ -249,7 +260,9 @@ def conclude(figures: dict) -> str:
 def draw(figures: dict, under: str) -> dict[str, Figure]:
     """Time of a step and memory kept, a group of bars a shape."""
     shapes = figures["shapes"]
-    fig, axes = figure("Training the experts: forward + backward, and memory kept", under, columns=2, widths=[3, 2])
+    dtypes = ", ".join(sorted({shape["dtype"] for shape in shapes}))
+    fig, axes = figure("Training the experts: forward + backward, and memory kept",
+                       f"presets' D, F, E, K, {dtypes}  |  {under}", columns=2, widths=[3, 2])
     names = list(IMPLEMENTATIONS)
     height = 0.8 / len(names)
     for place, shape in enumerate(shapes):
@@ -265,13 +278,13 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
             axes[0].text(max(share, ms["p80"] / base_ms), y, text, va="center", fontsize=13)
             kept = row["kept_mib"] / base["kept_mib"]
             axes[1].barh(y, kept, height, color=COLORS[i])
-            axes[1].text(kept, y, f" {number(row['kept_mib'])} MiB", va="center", fontsize=13)
-    axes[0].set_xlabel("milliseconds over grouped_mm's (median; p20 to p80)")
-    axes[1].set_xlabel("MiB kept for backward over grouped_mm's")
-    axes[1].axvline(1 - figures["paper_saved"], color="#555", ls="--", lw=2,
-                    label=f"SonicMoE's paper: {figures['paper_saved']:.0%} less")
-    axes[1].legend(fontsize=13, loc="lower right")
-    axes[0].legend(fontsize=14, loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=3, frameon=False)
+            axes[1].text(kept, y, f" {number(row['kept_mib'])} MiB", va="center", fontsize=13,
+                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
+    axes[0].set_xlabel("time over the faster grouped_mm's (median; p20 to p80)")
+    axes[1].set_xlabel("kept for backward over grouped_mm's")
+    paper = axes[1].axvline(1 - figures["paper_saved"], color="#555", ls="--", lw=2, zorder=0,
+                            label=f"SonicMoE's paper: {figures['paper_saved']:.0%} less")
+    legend_above(fig, [*axes[0].get_legend_handles_labels()[0], paper])
     axes[0].set_yticks(range(len(shapes)), [title(shape).replace(", ", "\n") for shape in shapes])
     axes[1].set_yticks([])
     for ax in axes:

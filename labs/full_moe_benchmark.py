@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from rich.table import Table
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
@@ -38,7 +39,7 @@ from labs.full_moe import OptimizedMoELayer
 from labs.moe_layer.definition import errors_against_definition, kept_experts
 from labs.moe_layer.huggingface import share_parameters
 from labs.moe_layer.memory import measure_kept_bytes
-from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, main, plain_table
+from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, legend_above, main, plain_table
 
 # T tokens, D model width, F expert width, E experts, K top-k.
 
@@ -266,6 +267,10 @@ def conclude(figures: dict) -> str:
         grouped = rows["+ grouped GEMM"]
         text += (f"; against grouped GEMMs alone {number(main_ms(grouped, mode) / main_ms(last, mode))}x, with "
                  f"{1 - last['kept_mib'] / grouped['kept_mib']:.0%} less kept for backward")
+    exact = rows.get("with exact top-k")
+    if exact and main_ms(exact, mode):
+        change = main_ms(exact, mode) / main_ms(last, mode) - 1
+        text += f". Exact top-k in place of rounding takes {abs(change):.0%} {'longer' if change > 0 else 'less'}"
     saved = rows.get("with checkpointing")
     if saved and main_ms(saved, mode):
         text += (f". Gradient checkpointing keeps {number(saved['kept_mib'])} MiB in place of "
@@ -297,18 +302,23 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
             text = f" {number(spread['p50'])} ms"
             if key == times[-1][0] and first:
                 text += f", {number(first / spread['p50'])}x"
-            axes[0].text(spread["p50"], y, text, va="center", fontsize=13)
-    axes[0].set_xlabel("milliseconds (median)")
-    axes[0].legend(fontsize=14, loc="lower right", frameon=False)
+            axes[0].text(spread["p50"], y, text, va="center", fontsize=15)
+    axes[0].set_xlabel("milliseconds (median)" if training else "milliseconds a forward (median)")
+    handles = [Patch(color=color, label=label) for _, label, color in times] if training else []
+    if not all(row["cumulative"] for row in rows):
+        handles.append(Patch(color="#555", alpha=0.5, label="pale: the last step in another form"))
+    if handles:
+        legend_above(fig, handles)
     axes[0].set_xlim(0, 1.35 * max(row[key]["p50"] for row in rows for key, *_ in times if key in row))
     if training:
         for place, row in enumerate(rows):
             if "kept_mib" in row:
                 axes[1].barh(place, row["kept_mib"], 0.7, color=COLORS[2], alpha=1.0 if row["cumulative"] else 0.5,
                              gid=f"{row['name']}: kept")
-                axes[1].text(row["kept_mib"], place, f" {number(row['kept_mib'])} MiB", va="center", fontsize=13)
+                axes[1].text(row["kept_mib"], place, f" {number(row['kept_mib'])} MiB", va="center", fontsize=15)
         axes[1].set_xlabel("MiB kept for backward")
-        axes[1].set_xlim(0, 1.25 * max((row["kept_mib"] for row in rows if "kept_mib" in row), default=1))
+        axes[1].xaxis.set_major_formatter("{x:,.0f}")
+        axes[1].set_xlim(0, 1.3 * max((row["kept_mib"] for row in rows if "kept_mib" in row), default=1))
         axes[1].set_yticks([])
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     for ax in axes:

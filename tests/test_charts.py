@@ -15,7 +15,7 @@ from rich.console import Console
 from common import charts
 from common.config import DEFAULT_TOKENS
 from common.measure import Spread
-from common.readme import TABLE, markdown, render
+from common.readme import TABLE, TRAINING, markdown, render, training_markdown
 from common.results import Row, Run, load, save, speedups
 from common.show import run_table
 
@@ -140,6 +140,7 @@ def test_draw_all_writes_png_and_svg(tmp_path):
 def test_panels_prefer_the_presets_token_counts():
     sweep = [made_up(T, row(0, 1.0)) for T in (64, 128, 256, 512, 16384, 32768)]
     assert [run.shape["T"] for run in charts.panels(sweep)] == list(DEFAULT_TOKENS["qwen3-30b-a3b"])
+    assert charts.panels(sweep[:3]) == sweep[:3], "few enough for a panel each"
 
 
 def test_speedups_skip_what_has_no_time():
@@ -174,9 +175,20 @@ def test_a_rounded_bar_is_hatched_and_named():
     hatched = [{patch.get_gid() for patch in ax.patches if patch.get_hatch()} for ax in (exact, rounded)]
     assert hatched == [set(), {"name2", "name3 rounded"}]
     words = [text.get_text() for text in rounded.texts]
-    assert sum(word.endswith(", rounded") for word in words) == 2
-    assert any("another function" in text.get_text() for text in rounded.get_legend().get_texts())
+    assert sum(word.endswith(" rounded") for word in words) == 2
+    assert any("another function" in text.get_text() for text in rounded.figure.legends[0].get_texts())
     assert not any("another function" in text.get_text() for text in charts.ladder(RUNS).findobj(plt.Text))
+
+
+def test_a_level_that_does_more_has_its_own_colour():
+    run = made_up(64, row(0, 10.0), row(8, 1.0), row(9, 2.0))
+    for chart in (charts.ladder, charts.memory, charts.roofline):
+        fig = chart([run])
+        colors = {patch.get_gid(): patch.get_facecolor() for patch in fig.axes[0].patches if patch.get_gid()}
+        assert colors["name9"] not in (colors["name8"], colors["name0"]), "its time is no step of the ladder's"
+        assert any("level 9: does more" in text.get_text() for text in fig.legends[0].get_texts())
+    scale = charts.scale([run, made_up(128, row(9, 3.0))]).axes[0]
+    assert {line.get_gid() for line in scale.lines if line.get_linestyle() == ":"} == {"name9"}
 
 
 def test_a_rounded_point_has_its_own_mark():
@@ -259,9 +271,25 @@ def test_render_replaces_only_what_stands_between_markers(tmp_path):
         render(text.replace(" 64 ", " 128 "), tmp_path)
 
 
+def test_the_training_table_holds_medians_and_memory():
+    record = {"environment": ENVIRONMENT, "figures": {"shapes": [
+        {"config": "small", "shape": {"T": 1024}, "dtype": "bfloat16", "rows": [
+            {"name": name, "step_ms": {"p20": ms * 0.9, "p50": ms, "p80": ms * 1.1}, "kept_mib": kept, "peak_mib": peak}
+            for name, ms, kept, peak in (("our kernels", 10.0, 100.0, 400.0), ("checkpointed", 14.0, 20.0, 300.0),
+                                         ("grouped_mm, float32 sum", 30.0, 500.0, 900.0),
+                                         ("grouped_mm, bmm sum", 20.0, 600.0, 800.0))]}]}}
+    found = training_markdown(record)
+    assert ("| small | 1,024 | 10.0 (9.00 to 11.0) | 20.0 (18.0 to 22.0) | 2.00x | 14.0 (12.6 to 15.4) | "
+            "100 | 600 | 20.0 | 400 | 800 | 300 |") in found
+    assert "NVIDIA Test, driver 1, torch 2, Triton 3, bfloat16, commit abc, 2026-01-01." in found
+    record["figures"]["shapes"][0]["rows"][0]["step_ms"]["p80"] = 19.0
+    assert "2.00x, within the spread" in training_markdown(record)
+
+
 def test_the_readme_equals_the_recorded_json():
     text = (ROOT / "README.md").read_text()
     assert TABLE.search(text), "the README shows no recorded table"
+    assert TRAINING.search(text), "the README shows no training figures"
     assert render(text, ROOT / "plots") == text, "run: python level_runner.py --readme"
 
 

@@ -18,8 +18,18 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from labs import checklist
-from labs.studies import grouped_gemm, moe_basics, routing, study, throughput, token_rounding, what_does_not_help
+from labs import backward_benchmark, checklist, full_moe_benchmark, train_byte_lm
+from labs.studies import (
+    grouped_gemm,
+    moe_basics,
+    peers,
+    routing,
+    study,
+    throughput,
+    token_rounding,
+    variants,
+    what_does_not_help,
+)
 
 TINY = {
     "moe_basics": ["--tokens", "64"],
@@ -225,6 +235,35 @@ def test_turning_size():
     assert turning([1.5, 1.001]) == "gains, but is even at 10"
 
 
+def test_a_gain_is_told_with_what_gains_more():
+    def point(idea: float, other: float) -> dict:
+        return {"ms": {name: {"p50": ms} for name, ms in (("plain", 2.0), ("idea", idea), ("grouped_mm", other))}}
+
+    assert what_does_not_help.rivals([point(1.5, 1.0), point(1.5, 1.2)]) == "; grouped_mm faster still at every size"
+    assert what_does_not_help.rivals([point(1.5, 1.0), point(1.5, 1.6)]) == ""
+
+
+def test_the_full_layer_is_told_where_it_loses():
+    def spread(ms: float) -> dict:
+        return {"ms": {"p20": ms * 0.9, "p50": ms, "p80": ms * 1.1}, "speedup": 10 / ms}
+
+    rows = {"vanilla": spread(10.0), "grouped": spread(3.0), "tile-aware": {"status": "n/a"}, "full": spread(4.0)}
+    assert variants.faster_than_full(rows) == "grouped"
+    assert variants.faster_than_full(rows | {"full": spread(3.2)}) is None, "within the spread"
+    size = {"shape": {"E": 8}, "inference": rows, "training": rows | {"full": spread(2.0)}}
+    said = variants.conclude({"sizes": {"small": size}})
+    assert "in inference grouped is faster, 3.33 times" in said
+    assert said.count("is faster") == 1
+
+
+def test_a_rounded_row_is_not_the_fastest_of_ours():
+    def row(kind: str, name: str, ms: float, variant: str = "exact") -> dict:
+        return {"kind": kind, "name": name, "variant": variant, "status": "ok", "ms": {"p50": ms}}
+
+    ours = [row("level", "exact", 2.0), row("level", "rounded", 1.0, "rounded")]
+    assert peers.conclude({"rows": [*ours, row("peer", "theirs", 3.0)]}).startswith("exact takes 2.00 ms and theirs")
+
+
 # ---- throughput ------------------------------------------------------------------------------------
 
 def throughput_of(tmp_path: Path, *words: str) -> int:
@@ -303,6 +342,16 @@ def test_recorded_studies_still_say_what_their_figures_say():
         record = json.loads(path.read_text())
         if record["study"] in TINY:
             assert record["conclusion"] == study.sentence(study_of(record["study"]), record), path.name
+
+
+def test_recorded_trainings_still_say_what_their_figures_say():
+    """The same of plots/training."""
+    by_name = {one.STUDY.name: one.STUDY for one in (backward_benchmark, full_moe_benchmark, train_byte_lm)}
+    paths = sorted((study.ROOT / "plots" / "training").glob("*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert record["conclusion"] == study.sentence(by_name[record["study"]], record), path.name
 
 
 # ---- the checklist ---------------------------------------------------------------------------------

@@ -469,7 +469,7 @@ def conclude(figures: dict) -> str:
     launches = last["methods"]["loop of cuBLAS"]["launches"]
     words = f" in {launches} launches" if launches else ""
     gain = number(many[winner] / many["loop of cuBLAS"])
-    return (f"At the worst load skew measured each keeps of its speed at an even load: {listed}; at {last['E']} "
+    return (f"At its worst load skew each keeps this share of its speed at an even load: {listed}; at {last['E']} "
             f"experts {winner} is fastest with {number(many[winner])} TFLOP/s, {gain} times a loop of cuBLAS "
             f"calls{words}.")
 

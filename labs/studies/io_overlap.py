@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from rich.table import Table
 
@@ -506,10 +507,12 @@ def draw_timeline(figures: dict, under: str) -> Figure:
                 va="center")
     ax.set_yticks(range(3), names)
     ax.invert_yaxis()
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set(xlabel="SM cycles since the kernel's first wait (its own notes; writing them slows it a little)")
     ax.legend(handles=[Patch(color=COLORS[2], label="asks for a stage's loads"),
                        Patch(color=COLORS[0], label="multiplies, or stores a finished tile (long bars)"),
-                       Patch(color="#d9dce1", label="waits"), Patch(color="black", label="| goes on: next stage")],
+                       Patch(color="#d9dce1", label="waits"),
+                       Line2D([], [], ls="", marker="|", ms=24, color="black", label="goes on: next stage")],
               loc="upper center", bbox_to_anchor=(0.5, 1.09), ncols=4, frameon=False)
     return fig
 

@@ -164,7 +164,8 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     left.bar(range(shape["E"]), rows, color=COLORS[0], gid="rows")
     left.axhline(sum(rows) / shape["E"], color=COLORS[1], ls="--", lw=3, label="even share")
     left.set(xlabel="expert", ylabel="rows", title=f"Rows per expert (balance loss {figures['balance_loss']:.3f})")
-    left.legend(loc="lower right")
+    left.set_ylim(0, 1.15 * max(rows))  # room for the legend
+    left.legend(loc="upper right")
     right.barh(list(figures["ms"]), [spread["p50"] for spread in figures["ms"].values()], color=COLORS[0], gid="ms")
     for place, spread in enumerate(figures["ms"].values()):
         right.text(spread["p50"], place, f" {number(spread['p50'])} ms", va="center")

@@ -18,15 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from rich.table import Table
 
+from common.charts import ROUNDED
 from common.config import PRESETS, Workload, dtype_name, preset
 from common.level import discover  # first of those that import Triton: it picks its interpreter without a GPU
 from common.peers import PEERS
 from common.references import BOUND, REFERENCES
 from common.run import run_workload
 from common.show import number, percent, status_text
-from labs.studies.study import COLORS, Options, Study, figure, main, plain_table
+from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, plain_table
 
 FEATURES = ("forward", "backward", "routes itself", "gather in the GEMM", "SwiGLU in the GEMM", "token rounding",
             "FP8 or FP4", "several GPUs", "runs below sm_90")
@@ -139,23 +141,30 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     rows = sorted(figures["rows"], key=lambda row: row["ms"]["p50"] if row["ms"] else float("inf"))
     for place, row in enumerate(rows):
         if row["ms"]:
-            ax.barh(place, row["ms"]["p50"], color=colors[row["kind"]], gid=row["name"])
+            ax.barh(place, row["ms"]["p50"], color=colors[row["kind"]], gid=row["name"],
+                    **(ROUNDED if row["variant"] == "rounded" else {}))
             ax.text(row["ms"]["p50"], place, f" {number(row['ms']['p50'])} ms", va="center")
         else:
             ax.text(0.01, place, row["shown"], va="center", color="#555", transform=ax.get_yaxis_transform())
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="milliseconds a forward, wall (log); blue: this project, green: references, "
-                                "yellow: other libraries")
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set(xscale="log", xlabel="milliseconds a forward, wall (log)")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
     ax.margins(x=0.12)
+    names = {"level": "this project", "reference": "references", "peer": "other libraries"}
+    handles = [Patch(color=color, label=names[kind]) for kind, color in colors.items()]
+    if any(row["variant"] == "rounded" for row in rows):
+        handles.append(Patch(facecolor=COLORS[0], label="rounded: another function than top-k", **ROUNDED))
+    legend_above(fig, handles)
     return {"": fig}
 
 
 def conclude(figures: dict) -> str:
-    """The fastest of ours against the fastest of the others that were there."""
+    """The fastest of ours that computes the same function against the fastest of the others that were there."""
     ready = [row for row in figures["rows"] if row["ms"] and row["name"] != BOUND]
     absent = sum(row["status"] == "not installed" for row in figures["rows"])
-    ours = [row for row in ready if row["kind"] == "level"]
+    ours = [row for row in ready if row["kind"] == "level" and row["variant"] == "exact"]
     others = [row for row in ready if row["kind"] != "level"]
     words = f"{absent} libraries were not installed and are not in this" if absent else "all libraries were there"
     if not ours or not others:

@@ -25,7 +25,7 @@ from common.level import discover  # first of those that import Triton: it picks
 from common.measure import WallClock, gate, profile_call
 from common.model import make_inputs, make_weights, oracle
 from common.show import number, percent
-from labs.studies.study import COLORS, Options, Study, figure, main, plain_table, time_together
+from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, plain_table, time_together
 
 # T tokens.
 
@@ -146,13 +146,13 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
             wall = run["wall_ms"]["p50"]
             ax.plot([wall, wall], [place - 0.4, place + 0.4], color="black", lw=4,
                     label="wall time of a call" if place == 0 else None)
-            ax.text(wall, place, f"  {number(wall)} ms, {run['launches']} launches", va="center")
+            ax.text(max(wall, left), place, f"  {number(wall)} ms, {run['launches']} launches", va="center")
         ax.set_yticks(range(len(runs)), [run["level"] for run in runs])
         ax.invert_yaxis()
         ax.set_xlim(0, 1.4 * max(max(run["wall_ms"]["p50"], run["busy_ms"]) for run in runs))
         ax.set_title(f"{T:,} tokens")
     axes[-1].set_xlabel("milliseconds")
-    axes[0].legend(fontsize=12, loc="lower right")
+    legend_above(fig, axes[0].get_legend_handles_labels()[0], columns=4)
     return {"": fig}
 
 

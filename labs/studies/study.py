@@ -224,8 +224,17 @@ def figure(title: str, under: str, columns: int = 1, widths: list[float] | None 
     fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
                              gridspec_kw={"width_ratios": widths or [1] * columns})
     fig.suptitle(title, fontsize=26, fontweight="bold")
-    fig.supxlabel(fill(under, 170), fontsize=12, color="#555")
+    whole = "  |  ".join(part.replace(" ", "\xa0") for part in under.split("  |  "))  # break between parts alone
+    fig.supxlabel(fill(whole, 170).replace("\xa0", " "), fontsize=12, color="#555")
     return fig, list(axes.flat)
+
+
+def legend_above(fig: Figure, handles: list, columns: int | None = None) -> None:
+    """One legend for all axes, under the title, where it can cover nothing."""
+    columns = columns or len(handles)
+    fig.suptitle(fig.get_suptitle() + "\n" * -(-len(handles) // columns), fontsize=26, fontweight="bold")
+    fig.legend(handles=handles, fontsize=15, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=columns,
+               frameon=False)
 
 
 def spread_line(ax: Axes, xs: list, spreads: list[dict | None], label: str, color: str, **style: object) -> None:

@@ -275,7 +275,8 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
                 arrowprops={"arrowstyle": "->", "lw": 2})
     ax.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="billion tokens a day")
     ax.set_xscale("log", base=2)
-    ax.set_xticks(gpus, [str(count) for count in gpus])
+    ax.set_xticks(gpus, [f"{count:,}" for count in gpus])
+    ax.yaxis.set_major_formatter("{x:,.10g}")
     ax.grid(alpha=0.3)
     ax.legend()
     return {"": fig}
@@ -290,8 +291,8 @@ def conclude(figures: dict) -> str:
     return (f"{case['gpus']} {figures['hardware']} make {case['tokens_per_day'] / 1e9:,.2f} billion tokens a day of "
             f"{figures['config']} ({figures['mode']}), {number(case['days_per_trillion'])} days and "
             f"${case['dollars_per_trillion']:,.0f} a trillion, at {percent(case['share_of_peak'])} of their peak; "
-            f"{percent(figures['moe_share'])} of the time is the MoE layers', which is measured, the rest is "
-            f"assumed.{words}")
+            f"{percent(figures['moe_share'])} of the time is the MoE layers', from a forward that was measured"
+            f"{', and a backward that is assumed' if figures['mode'] == 'training' else ''}, as is all else.{words}")
 
 
 STUDY = Study("throughput", "How many tokens a day does a cluster make of a model, at what cost?", measure, table, draw,

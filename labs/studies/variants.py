@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from rich.table import Table
 
 from common.config import MoEConfig, Workload, flops, preset
@@ -35,7 +36,7 @@ from common.measure import PeakMemory, WallClock, gate, relative_error
 from common.model import Weights, make_inputs, make_weights, oracle
 from common.show import number
 from labs.full_moe import OptimizedMoELayer
-from labs.studies.study import COLORS, Options, Study, figure, main, plain_table, time_together
+from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, plain_table, time_together
 
 # T tokens, D model width, F expert width, E experts, K top-k.
 
@@ -216,7 +217,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     """Speedup over vanilla, and peak memory, for each size and mode."""
     figs = {}
     for suffix, key, title, unit in (
-            ("", "speedup", "Variants of the layer: speedup over the vanilla loop", "times vanilla's speed (log)"),
+            ("", "speedup", "Variants of the layer: speedup over the vanilla loop", "times vanilla's speed"),
             ("memory", "peak_mib", "Variants of the layer: memory above weights and their gradients", "MiB (log)")):
         sizes = figures["sizes"]
         if not any(size[mode][v].get(key) for size in sizes.values() for mode in ("inference", "training")
@@ -229,19 +230,28 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
                 for place, size in enumerate(sizes.values()):
                     row, at = size[mode][variant], place + (offset - 1.5) * 0.2
                     if row.get(key):
-                        ax.bar(at, row[key], 0.19, color=color, gid=f"{mode} {variant} {size['preset']}",
-                               label=variant if place == 0 else None)
-                        ax.text(at, row[key], number(row[key]), ha="center", va="bottom", fontsize=12)
+                        ax.bar(at, row[key], 0.19, color=color, gid=f"{mode} {variant} {size['preset']}")
+                        ax.text(at, row[key], f" {number(row[key])}", ha="center", va="bottom", fontsize=14,
+                                rotation=90)
+                    elif row["status"] == "ok" and key == "peak_mib":
+                        ax.text(at, 0.01, "0: its memory is the graph's", ha="center", va="bottom", fontsize=13,
+                                rotation=90, transform=ax.get_xaxis_transform())
+                    elif row["status"] != "ok":
+                        ax.text(at, 0.01, row["status"].partition(" (")[0], ha="center", va="bottom", fontsize=13,
+                                rotation=90, transform=ax.get_xaxis_transform())
             ax.set_xticks(range(len(sizes)), [f"{name}\n{size['shape']['E']} experts" for name, size in sizes.items()])
-            ax.set(yscale="log", title=mode, ylabel=unit)
-            ax.margins(y=0.1)
-        axes[1].legend(loc="upper left", fontsize=14)
+            ax.set(title=mode, ylabel=unit, xlim=(-0.5, len(sizes) - 0.5))
+            if key == "peak_mib":
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:,.10g}")
+            ax.margins(y=0.15)
+        legend_above(fig, [Patch(color=color, label=name) for name, color in zip(VARIANTS, COLORS, strict=False)])
         figs[suffix] = fig
     return figs
 
 
 def conclude(figures: dict) -> str:
-    """The full layer's gain at every size, inference and training."""
+    """The full layer's gain at every size, inference and training, and which variant beats it."""
     parts = []
     for name, size in figures["sizes"].items():
         gains = [f"{number(size[mode]['full']['speedup'])} times in {mode}" for mode in ("inference", "training")
@@ -250,8 +260,17 @@ def conclude(figures: dict) -> str:
         words = ""
         if saved["full"].get("peak_mib") and saved["grouped"].get("peak_mib"):
             words = f", with {number(saved['full']['peak_mib'] / saved['grouped']['peak_mib'])} of grouped's memory"
-        parts.append(f"{name} ({size['shape']['E']} experts): {' and '.join(gains)}{words}")
-    return f"The full layer over the vanilla loop: {'; '.join(parts)}."
+        better = [f"; in {mode} {best} is faster, {number(ran[best]['speedup'])} times" for mode, ran, best in
+                  ((mode, size[mode], faster_than_full(size[mode])) for mode in ("inference", "training")) if best]
+        parts.append(f"{name} ({size['shape']['E']} experts): {' and '.join(gains)}{words}{''.join(better)}")
+    return f"The full layer over the vanilla loop: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def faster_than_full(rows: dict[str, dict]) -> str | None:
+    """The fastest variant whose spread lies below the full layer's; None if none does."""
+    timed = {name: row["ms"] for name, row in rows.items() if "speedup" in row}
+    ahead = [name for name in timed if "full" in timed and timed[name]["p80"] < timed["full"]["p20"]]
+    return min(ahead, key=lambda name: timed[name]["p50"], default=None)
 
 
 STUDY = Study("variants", "What does each variant of the layer cost, in inference and in training?", measure, table,

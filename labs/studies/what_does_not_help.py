@@ -394,6 +394,13 @@ def turning_size(points: list[dict]) -> str:
     return f"{how} at {worst['size']:g}"
 
 
+def rivals(points: list[dict]) -> str:
+    """What else was timed and beat the idea at every size."""
+    names = [name for name in points[0]["ms"] if name not in ("plain", "idea")]
+    ahead = [name for name in names if all(point["ms"][name]["p50"] < point["ms"]["idea"]["p50"] for point in points)]
+    return f"; {' and '.join(ahead)} faster still at every size" if ahead else ""
+
+
 IDEAS = (fp8_on_the_fly, stream_per_expert, compiled_loop, atomics_in_the_epilogue, padded_bmm)
 
 
@@ -439,7 +446,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
         colors = [COLORS[0] if gain > 1 + SLACK else COLORS[1] if gain < 1 - SLACK else COLORS[6] for gain in gains]
         ax.bar(range(len(gains)), gains, color=colors, gid=one["idea"])
         for place, gain in enumerate(gains):
-            ax.text(place, gain, number(gain, 2), ha="center", va="bottom", fontsize=15)
+            ax.text(place, gain, f"{gain:.2f}", ha="center", va="bottom", fontsize=14)
         ax.axhline(1, color="black", lw=2)
         ax.set_xticks(range(len(gains)), [f"{point['size']:g}" for point in one["points"]], rotation=45)
         ax.set_xlabel(one["axis"], fontsize=14)
@@ -451,10 +458,10 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
 
 
 def conclude(figures: dict) -> str:
-    """Which lose everywhere, and where the others turn."""
+    """Which lose everywhere, where the others turn, and what is faster than those."""
     ready = [one for one in figures["ideas"] if one["status"] == "ok"]
     never = [one["idea"] for one in ready if max(point["gain"] for point in one["points"]) <= 1 + SLACK]
-    others = [f"{one['idea']} ({turning_size(one['points'])} {one['axis']})" for one in ready
+    others = [f"{one['idea']} ({turning_size(one['points'])} {one['axis']}{rivals(one['points'])})" for one in ready
               if one["idea"] not in never]
     parts = []
     if never:
