@@ -3,15 +3,17 @@
     python labs/studies/throughput.py --config deepseek-v3 --hardware h100 --num-gpus 8
     python labs/studies/throughput.py --config deepseek-v3 --hardware h100 --num-gpus 8 --claim 186e9
 
-A MoE layer's time is read from a results file of the ladder (plots/<gpu>_<config>.json, or --times FILE). Everything
-else is an assumption with a name, a value that is printed and an option that sets it. No result may need more FLOP/s
-than the GPUs have: such a one is refused, with the factor by which it is above, and --claim holds a claim of tokens a
-day to the same. Needs no GPU.
+A MoE layer's time is read from a results file of the ladder (plots/<gpu>_<config>.json, or --times FILE); in training
+it is the row of the forward that trains, and its backward is as much longer as labs/backward_benchmark.py found the
+experts' to be. Everything else is an assumption with a name, a value that is printed and an option that sets it. No
+result may need more FLOP/s than the GPUs have: such a one is refused, with the factor by which it is above, and --claim
+holds a claim of tokens a day to the same. Needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, ma
 # D model width, F expert width, E experts, K top-k.
 
 SECONDS_A_DAY = 86_400
+TRAINS = "backward"  # level 9: its row is the forward that trains
+BACKWARD_TIMES = ROOT / "plots" / "training" / "h200_backward.json"
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="inference is prefill: many tokens at once (default: training)")
     parser.add_argument("--times", type=Path, help="results file with the layer's times "
                                                    "(default: plots/h200_<config>.json)")
-    parser.add_argument("--level", help="row of that file to build on (default: the fastest level)")
+    parser.add_argument("--level", help="row of that file to build on (default: level 9's, backward, in training if it "
+                                        "is there, else the fastest level)")
     parser.add_argument("--layer-ms", type=float, help="a MoE layer's forward, instead of the measured one")
     parser.add_argument("--layer-tokens", type=int, help="tokens of that forward (with --layer-ms)")
-    parser.add_argument("--backward", type=float, default=2.0,
-                        help="a backward's time over a forward's; its FLOPs are 2 (default: 2)")
+    parser.add_argument("--backward", type=float,
+                        help="a MoE layer's backward over its forward (default: as measured for level 9, else 2, as in "
+                             "FLOPs); of other work it is 2")
     parser.add_argument("--other-efficiency", type=float, default=0.5,
                         help="share of the peak that attention and other work reach (default: 0.5)")
     parser.add_argument("--sequence", type=int, default=4096, help="tokens that attend to each other (default: 4096)")
@@ -101,7 +107,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("other_efficiency", "doubling_efficiency"):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0 and at most 1")
-    if args.backward < 0 or (args.price is not None and args.price < 0):
+    if (args.backward or 0) < 0 or (args.price is not None and args.price < 0):
         raise ValueError(f"--backward {args.backward} --price {args.price}: at least 0")
     if (args.layer_ms is None) != (args.layer_tokens is None):
         raise ValueError("--layer-ms and --layer-tokens: give both or neither")
@@ -125,19 +131,35 @@ def layer_time(args: argparse.Namespace) -> dict:
     run = max(runs, key=lambda one: one.shape["T"])
     if run.preset != args.config:
         raise ValueError(f"--times {path}: holds {run.preset}, --config is {args.config}")
-    row = pick_row(run, args.level, path)
+    row = pick_row(run, args.level, TRAINS if args.mode == "training" else None, path)
     source = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else Path(path.name)
     return {"ms": row.wall_ms.p50, "tokens": run.shape["T"], "source": str(source), "level": row.name,
             "environment": run.environment, "ceilings": run.ceilings}
 
 
-def pick_row(run: Run, name: str | None, path: Path):
-    """The fastest timed level, or the row called `name`."""
+def pick_row(run: Run, name: str | None, preferred: str | None, path: Path):
+    """The row called `name`; without one the level called `preferred` if it was timed, else the fastest."""
     timed = [row for row in run.rows if row.timed and (row.kind == "level" if name is None else row.name == name)]
+    timed = [row for row in timed if row.name == preferred] or timed
     if not timed:
         known = ", ".join(row.name for row in run.rows if row.timed)
         raise ValueError(f"--level {name}: {path.name} has no time for it at {run.shape['T']} tokens, only for {known}")
     return min(timed, key=lambda row: row.wall_ms.p50)
+
+
+def backward_time(args: argparse.Namespace, measured: dict) -> dict:
+    """A MoE layer's backward over its forward in time, and where that comes from."""
+    if args.backward is not None:
+        return {"times": args.backward, "source": "--backward", "measured": False}
+    if measured["level"] == TRAINS and BACKWARD_TIMES.exists():
+        for one in json.loads(BACKWARD_TIMES.read_text())["figures"]["shapes"]:
+            if one["config"] == args.config:
+                ours = one["rows"][0]
+                forward, step = (ours[key]["p50"] for key in ("forward_ms", "step_ms"))
+                return {"times": (step - forward) / forward,
+                        "source": f"{BACKWARD_TIMES.relative_to(ROOT)}, the experts at {one['shape']['T']:,} tokens",
+                        "measured": True}
+    return {"times": 2.0, "source": "assumed: its FLOPs", "measured": False}
 
 
 # ---- what follows --------------------------------------------------------------------------------
@@ -157,18 +179,18 @@ def scaled_layer_ms(measured: dict, hardware: Hardware, measured_on: Hardware | 
     return measured["ms"] * max(measured_on.tflops / hardware.tflops, measured_on.tbps / hardware.tbps)
 
 
-def estimate(args: argparse.Namespace, measured: dict) -> dict:
+def estimate(args: argparse.Namespace, measured: dict, backward: float) -> dict:
     """Tokens a second, a day, days and dollars for a trillion tokens, for 1 to 1024 GPUs and for those asked."""
     model, cfg, hardware = MODELS[args.config], preset(args.config), HARDWARE[args.hardware]
     name = str((measured["environment"] or {}).get("gpu", "")).lower()
     measured_on = next((one for key, one in HARDWARE.items() if key in name), None)
     layer_ms = scaled_layer_ms(measured, hardware, measured_on)
-    passes = 1 + (args.backward if args.mode == "training" else 0)
     flops_passes = 3 if args.mode == "training" else 1
+    passes = 1 + backward if args.mode == "training" else 1
     flops = flops_a_token(model, cfg, args.sequence)
-    moe_s = model.moe_layers * layer_ms / 1e3 / measured["tokens"]
-    other_s = flops["other"] / (hardware.tflops * 1e12 * args.other_efficiency)
-    one_gpu = 1 / ((moe_s + other_s) * passes)
+    moe_s = passes * model.moe_layers * layer_ms / 1e3 / measured["tokens"]
+    other_s = flops_passes * flops["other"] / (hardware.tflops * 1e12 * args.other_efficiency)
+    one_gpu = 1 / (moe_s + other_s)
     needed = flops_passes * (flops["experts"] + flops["other"])
     price = args.price if args.price is not None else hardware.dollars_an_hour
 
@@ -202,7 +224,8 @@ def measure(options: Options) -> dict:
     args = options.args
     check_arguments(args)
     measured = layer_time(args)
-    found = estimate(args, measured)
+    backward = backward_time(args, measured)
+    found = estimate(args, measured, backward["times"])
     layer = f"a MoE layer of {args.config} in {number(found['layer_ms'])} ms for {measured['tokens']:,} tokens"
     refuse_above_peak(found["layer_share_of_peak"], layer, 1, args.hardware)
     refuse_above_peak(found["case"]["share_of_peak"], f"{found['case']['tokens_per_day']:.3g} tokens a day",
@@ -221,7 +244,8 @@ def measure(options: Options) -> dict:
         ["--config", f"{args.config}: {model.layers} layers, {model.moe_layers} with experts, "
                      f"{model.active_billions:g}B of {model.total_billions:g}B parameters active ({model.source})"],
         ["--mode", args.mode],
-        ["--backward", f"{args.backward:g} times the forward" if args.mode == "training" else "not run"],
+        ["--backward", f"{number(backward['times'])} times the forward ({backward['source']})"
+                       if args.mode == "training" else "not run"],
         ["--other-efficiency", f"{percent(args.other_efficiency)} of the peak for attention and all else"],
         ["--sequence", f"{args.sequence:,} tokens attend to each other"],
         ["--doubling-efficiency", f"{percent(args.doubling_efficiency)} of a GPU's speed kept at each doubling"],
@@ -230,7 +254,7 @@ def measure(options: Options) -> dict:
     stamp = measured["environment"]
     return {"config": args.config, "hardware": args.hardware, "num_gpus": args.num_gpus, "mode": args.mode,
             "measured": {key: measured[key] for key in ("ms", "tokens", "source", "level")},
-            "assumptions": assumptions, **found} | ({"environment": stamp} if stamp else {})
+            "backward": backward, "assumptions": assumptions, **found} | ({"environment": stamp} if stamp else {})
 
 
 # ---- showing -------------------------------------------------------------------------------------
@@ -288,11 +312,13 @@ def conclude(figures: dict) -> str:
     claim = figures.get("claim")
     words = (f" The claim of {claim['tokens_per_day']:.3g} a day would need {percent(claim['share_of_peak'])} of the "
              f"peak, which is not impossible." if claim else "")
+    rests = "whose forward was measured, all else is assumed"
+    if figures["mode"] == "training" and figures["backward"]["measured"]:
+        rests = "whose forward and backward were measured, all else is assumed"
     return (f"{case['gpus']} {figures['hardware']} make {case['tokens_per_day'] / 1e9:,.2f} billion tokens a day of "
             f"{figures['config']} ({figures['mode']}), {number(case['days_per_trillion'])} days and "
             f"${case['dollars_per_trillion']:,.0f} a trillion, at {percent(case['share_of_peak'])} of their peak; "
-            f"{percent(figures['moe_share'])} of the time is the MoE layers', from a forward that was measured"
-            f"{', and a backward that is assumed' if figures['mode'] == 'training' else ''}, as is all else.{words}")
+            f"{percent(figures['moe_share'])} of the time is the MoE layers', {rests}.{words}")
 
 
 STUDY = Study("throughput", "How many tokens a day does a cluster make of a model, at what cost?", measure, table, draw,
