@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
-from tests import machine_code
+from tests import interpreter, machine_code
 
+import triton  # isort: skip  (after common.level, which picks Triton's interpreter where there is no GPU)
+
+if triton.knobs.runtime.interpret:
+    interpreter.spare()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core: more threads would wait for each other
 
