@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
@@ -18,8 +19,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,16 +68,40 @@ class Compiled:
 
 
 def compile_all(requests: list[Request]) -> dict[str, Compiled]:
-    """Request name -> Compiled. What no one has compiled yet is, in a child process with TRITON_INTERPRET=0, since the
-    interpreter, once chosen, stays. Raises RuntimeError with the child's output if that fails."""
+    """Request name -> Compiled. Raises RuntimeError with the compiler's traceback if one does not compile."""
     missing = [dataclasses.asdict(one) for one in requests if not one.result.exists()]
     if missing:
-        env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-m", "tests.machine_code"], cwd=ROOT, env=env, text=True,
-                              capture_output=True, input=json.dumps(missing))
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
+        compiler, answer = _compiler(), ""
+        with suppress(BrokenPipeError):
+            print(json.dumps(missing), file=compiler.stdin, flush=True)
+            answer = compiler.stdout.readline()
+        if not answer:
+            _compiler.cache_clear()
+            raise RuntimeError(f"the compiler crashed, exit status {compiler.wait()}")
+        if error := json.loads(answer):
+            raise RuntimeError(error)
     return {one.name: Compiled(**json.loads(one.result.read_text())) for one in requests}
+
+
+@functools.cache
+def _compiler() -> subprocess.Popen:
+    """A process of its own, since the interpreter, once chosen, stays. It reads requests until this one ends: to start
+    takes it longer than to compile many a kernel."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "tests.machine_code"], cwd=ROOT, env=env, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _serve() -> None:
+    """The compiler: a line of requests in, a line with what went wrong out."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a kernel prints is no answer
+    for line in sys.stdin:
+        error = ""
+        try:
+            _compile_missing([Request(**fields) for fields in json.loads(line)])
+        except Exception:
+            error = traceback.format_exc()
+        print(json.dumps(error), file=answers, flush=True)
 
 
 def _compile_missing(requests: list[Request]) -> None:
@@ -142,4 +168,4 @@ def _named(path: str) -> object:
 
 
 if __name__ == "__main__":
-    _compile_missing([Request(**fields) for fields in json.load(sys.stdin)])
+    _serve()

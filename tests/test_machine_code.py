@@ -5,11 +5,11 @@ python -m pytest tests/test_machine_code.py
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 
 import pytest
 
+from tests import machine_code
 from tests.cases import LEVELS
 from tests.machine_code import Compiled, Request, compile_all
 
@@ -75,12 +75,21 @@ def test_the_reader_sees_a_spill_and_an_atomic():
 
 def test_a_kernel_is_compiled_once_a_run(monkeypatch):
     compiled = compile_all([BAD])["bad"]
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    monkeypatch.setattr(machine_code, "_compiler", lambda: pytest.fail("compiled again"))
     assert compile_all([replace(BAD, name="of another name")]) == {"of another name": compiled}
     with pytest.raises(pytest.fail.Exception):
         compile_all([replace(BAD, warps=2)])
 
 
-def test_a_kernel_that_does_not_compile_is_an_error():
-    with pytest.raises(RuntimeError, match="power of 2"):
-        compile_all([replace(BAD, constants={"N": 3})])
+def test_a_kernel_that_does_not_compile_is_an_error_each_time():
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="power of 2"):
+            compile_all([replace(BAD, constants={"N": 3})])
+
+
+def test_a_compiler_that_crashes_is_an_error_and_is_replaced():
+    compiled = compile_all([BAD])["bad"]
+    machine_code._compiler().kill()
+    with pytest.raises(RuntimeError, match="crashed, exit status -9"):
+        compile_all([replace(BAD, constants={"N": 64})])
+    assert compile_all([replace(BAD, constants={"N": 64})])["bad"] != compiled
