@@ -22,7 +22,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One folder for what a run compiles; its workers inherit the name."""
+    """One folder for what a run compiles; its workers inherit the name. Each stops its own compiler."""
+    config.add_cleanup(machine_code.stop)
     if machine_code.FOLDER not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="machine_code_")
         os.environ[machine_code.FOLDER] = folder.name

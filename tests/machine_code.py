@@ -85,11 +85,19 @@ def compile_all(requests: list[Request]) -> dict[str, Compiled]:
 
 @functools.cache
 def _compiler() -> subprocess.Popen:
-    """A process of its own, since the interpreter, once chosen, stays. It reads requests until this one ends: to start
-    takes it longer than to compile many a kernel."""
+    """A process of its own, since the interpreter, once chosen, stays. It reads requests until it is stopped or this
+    process ends: to start takes it longer than to compile many a kernel."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-m", "tests.machine_code"], cwd=ROOT, env=env, text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def stop() -> None:
+    """End the compiler if it runs."""
+    if _compiler.cache_info().currsize:
+        with _compiler():
+            pass  # closes what it reads, and waits
+        _compiler.cache_clear()
 
 
 def _serve() -> None:
