@@ -28,10 +28,10 @@ run: $(READY)    ## the main job: run, gate, time and chart every level (ARGS="-
 	$(PY) level_runner.py $(ARGS)
 
 test: $(READY)   ## the tests that this machine can run, but for a few slow ones
-	$(PY) -m pytest -n auto --dist loadgroup -m "not gpu and not slow" $(ARGS)
+	$(PY) -m pytest -n auto -m "not gpu and not slow" $(ARGS)
 
 test-all: $(READY)  ## every test that this machine can run
-	$(PY) -m pytest -n auto --dist loadgroup -m "not gpu" $(ARGS)
+	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)
 
 test-gpu: $(READY)  ## every test, on a machine with a GPU
 	$(PY) -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "needs a CUDA GPU")'

@@ -5,13 +5,29 @@ from __future__ import annotations
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
 import os
+import tempfile
 
 import pytest
 import torch
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
+from tests import interpreter, machine_code
+
+import triton  # isort: skip  (after common.level, which picks Triton's interpreter where there is no GPU)
+
+if triton.knobs.runtime.interpret:
+    interpreter.spare()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core: more threads would wait for each other
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder for what a run compiles; its workers inherit the name. Each stops its own compiler."""
+    config.add_cleanup(machine_code.stop)
+    if machine_code.FOLDER not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="machine_code_")
+        os.environ[machine_code.FOLDER] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
-import dataclasses
 import functools
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +23,7 @@ from common.model import make_inputs, make_weights, route_float64
 from labs.kernels import backward, backward_gemm, backward_loop
 from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
 from tests.cases import CASES, Case
-from tests.machine_code import ROOT, Compiled, Request, _compile
+from tests.machine_code import Request, compile_all
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float16, torch.float32]
@@ -483,9 +479,10 @@ def boxes(*sizes: int) -> str:
 
 
 def requests(sm: int) -> list[Request]:
-    """Every GEMM of the step for a target, as its launcher asks for it. Loaders are named; the child looks them up."""
+    """Every GEMM of the step for a target, as its launcher asks for it."""
     tile = backward_loop.TILES[sm]
-    M, N, K, how = tile.block_M, tile.block_N, tile.block_K, "tma" if tile.tma else "pointer"
+    M, N, K = tile.block_M, tile.block_N, tile.block_K
+    how = f"{backward_loop.__name__}.{'tma' if tile.tma else 'pointer'}"
 
     def one(name: str, file: str, kernel: str, signature: dict[str, str], **constants: object) -> Request:
         aligned = tuple(argument for argument, kind in signature.items() if kind.startswith("*"))
@@ -527,21 +524,9 @@ NAMES = [pytest.param(one.name.rpartition(" ")[0], sm, marks=[pytest.mark.slow] 
          for sm in SHARED_MEMORY for one in requests(sm)]
 
 
-@functools.cache
-def compiled(sm: int) -> dict[str, Compiled]:
-    """Request name -> Compiled, in a child without the interpreter."""
-    asked = [dataclasses.asdict(one) for one in requests(sm)]
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "tests.test_backward"], cwd=ROOT, env=env, input=json.dumps(asked),
-                          text=True, capture_output=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {name: Compiled(**fields) for name, fields in json.loads(done.stdout.splitlines()[-1]).items()}
-
-
-@pytest.mark.xdist_group("machine code of the backward")
 @pytest.mark.parametrize(("name", "sm"), NAMES)
 def test_machine_code_is_as_planned(name, sm):
-    found = compiled(sm)[f"{name} sm_{sm}"]
+    found = compile_all(requests(sm))[f"{name} sm_{sm}"]
     assert found.count("HGMMA" if sm == 90 else "HMMA") > 0, "tensor cores"
     few = 32 if triton.__version__.startswith("3.6") and name.startswith("hidden_grad") and sm == 90 else 0
     assert found.stack_bytes <= few, "in the epilogue, under Triton 3.6"
@@ -555,12 +540,3 @@ def test_machine_code_is_as_planned(name, sm):
         assert found.count("UTMALDG") == 3 * loads, "by TMA: two steps ahead of the loop, and one in it"
         gathered = not name.startswith("rows") and "copied" not in name
         assert (found.count("LDGSTS") > 0) == gathered, "gathered rows by cp.async, others by TMA"
-
-
-if __name__ == "__main__":
-    compiled = {}
-    for asked in (Request(**fields) for fields in json.load(sys.stdin)):
-        constants = {name: getattr(backward_loop, value) if name == "load_weights" else value
-                     for name, value in asked.constants.items()}
-        compiled[asked.name] = dataclasses.asdict(_compile(dataclasses.replace(asked, constants=constants)))
-    print(json.dumps(compiled))

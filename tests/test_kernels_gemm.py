@@ -7,43 +7,32 @@ from __future__ import annotations
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
-import dataclasses
 import itertools
-import json
 import os
 import random
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 import torch
-import triton
 
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
 from labs.kernels import grouped_gemm, plain_gemm, tall_gemm, tiles
 from tests.cases import Case
-from tests.machine_code import ROOT, Compiled, Request, _compile
+from tests.machine_code import ROOT, Compiled, Request, compile_all
 
 ROWS = tiles.ROWS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def child(*arguments: str, text: str = "", timeout: int = 240) -> str:
+def child(*arguments: str, timeout: int = 240) -> None:
     """This file's main in a process of its own, without the interpreter. A deadlocked kernel ends with it."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "tests.test_kernels_gemm", *arguments], cwd=ROOT, env=env, input=text,
-                          text=True, capture_output=True, timeout=timeout)
+    done = subprocess.run([sys.executable, "-m", "tests.test_kernels_gemm", *arguments], cwd=ROOT, env=env, text=True,
+                          capture_output=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def compiled(requests: list[Request]) -> dict[str, Compiled]:
-    """Request name -> Compiled, in a child."""
-    out = child("compile", text=json.dumps([dataclasses.asdict(one) for one in requests]))
-    return {name: Compiled(**fields) for name, fields in json.loads(out.splitlines()[-1]).items()}
 
 
 # ---- the tile plan, in the interpreter
@@ -240,30 +229,14 @@ def request(kernel: str) -> Request:
     """A Gluon kernel with its pointers aligned; D8 and F8 are not specialised."""
     file, signature = KERNELS[kernel]
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return Request(kernel, f"labs.kernels.{file}", kernel, signature, {}, aligned, 4, 3)
-
-
-def compile_one(one: Request) -> Compiled:
-    """machine_code's _compile, also for a plain kernel that is handed a function, and for a Gluon kernel with the
-    register bound of its launcher."""
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    def compile_bounded(source, target, options, compile=triton.compile):
-        return compile(source, target=target, options=options | grouped_gemm.LAUNCH)
-
-    if "load_weights" in one.constants:
-        loader = getattr(plain_gemm, one.constants["load_weights"])
-        return _compile(dataclasses.replace(one, constants={**one.constants, "load_weights": loader}))
-    with mock.patch("triton.compiler.ASTSource", GluonASTSource), mock.patch("triton.compile", compile_bounded):
-        return _compile(one)
+    return Request(kernel, f"labs.kernels.{file}", kernel, signature, {}, aligned, 4, 3, options=grouped_gemm.LAUNCH)
 
 
 @pytest.fixture(scope="module")
 def code() -> dict[str, Compiled]:
-    return compiled([request(kernel) for kernel in KERNELS])
+    return compile_all([request(kernel) for kernel in KERNELS])
 
 
-@pytest.mark.xdist_group("machine code of grouped GEMMs")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_machine_code_is_as_planned(code, kernel):
     found = code[kernel]
@@ -287,14 +260,14 @@ def test_machine_code_is_as_planned(code, kernel):
 
 
 def plain_request(kernel: str, sm: int) -> Request:
-    """A plain kernel for a target. Its loader of weights is named; the child looks it up."""
+    """A plain kernel for a target."""
     tile = plain_gemm.tile_for(sm)
     weights = f"tensordesc<bf16[{tile.block_N}, {tile.block_K}]>" if tile.tma else "*bf16"
     first = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32"} if "up" in kernel else {"hidden_ptr": "*bf16"}
     last = {"hidden_ptr": "*bf16"} if "up" in kernel else {"y_ptr": "*bf16"}
     tables = {"offsets_ptr": "*i32", "tiles_ptr": "*i32", "tile_count_ptr": "*i32"}
     signature = {**first, "weights": weights, **last, **tables, "E": "i32", "D8": "i32", "F8": "i32"}
-    constants = {"load_weights": "tma_weights" if tile.tma else "pointer_weights",
+    constants = {"load_weights": f"{plain_gemm.__name__}.{'tma' if tile.tma else 'pointer'}_weights",
                  "BLOCK_M": tile.block_M, "BLOCK_N": tile.block_N, "BLOCK_K": tile.block_K}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     return Request(f"{kernel} sm_{sm}", "labs.kernels.plain_gemm", kernel, signature, constants, aligned,
@@ -306,10 +279,9 @@ SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 1
 
 @pytest.fixture(scope="module")
 def plain_code() -> dict[str, Compiled]:
-    return compiled([plain_request(f"plain_{which}_kernel", sm) for which in ("up", "down") for sm in SHARED_MEMORY])
+    return compile_all([plain_request(f"plain_{which}_kernel", sm) for which in ("up", "down") for sm in SHARED_MEMORY])
 
 
-@pytest.mark.xdist_group("machine code of plain GEMMs")
 @pytest.mark.parametrize("sm", SHARED_MEMORY)
 @pytest.mark.parametrize("kernel", ["plain_up_kernel", "plain_down_kernel"])
 def test_plain_machine_code_is_as_planned(plain_code, kernel, sm):
@@ -514,10 +486,7 @@ def test_no_rows_at_all():
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compile":
-        asked = [Request(**fields) for fields in json.load(sys.stdin)]
-        print(json.dumps({one.name: dataclasses.asdict(compile_one(one)) for one in asked}))
-    elif sys.argv[1] == "no_rows":
+    if sys.argv[1] == "no_rows":
         check_no_rows()
     else:
         chosen = next(case for case in CASES if str(case) == sys.argv[2])

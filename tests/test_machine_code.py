@@ -5,8 +5,11 @@ python -m pytest tests/test_machine_code.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from tests import machine_code
 from tests.cases import LEVELS
 from tests.machine_code import Compiled, Request, compile_all
 
@@ -28,9 +31,6 @@ def gemm_request(load: str, sm: int) -> Request:
 SILU = Request("silu_mul", "labs.level2_fused", "silu_mul_kernel",
                {"gate_up_ptr": "*bf16", "hidden_ptr": "*bf16", "F": "i32"}, {"BLOCK_F": 1024},
                ("gate_up_ptr", "hidden_ptr", "F"), warps=4, stages=3)
-
-
-pytestmark = pytest.mark.xdist_group("machine code of the levels")  # one worker compiles for all of these
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,33 @@ def test_grouped_gemm_multiplies_on_the_tensor_cores(code, load):
         assert code[f"gemm {load} sm_{sm}"].count("HGMMA" if warpgroup_wide else "HMMA") > 0
 
 
+BAD = Request("bad", "tests.bad_kernel", "bad_kernel", {"x_ptr": "*fp32"}, {"N": 128}, ("x_ptr",), warps=1, stages=1)
+
+
 def test_the_reader_sees_a_spill_and_an_atomic():
     """A kernel that must spill and add atomically, to show that the checks above can fail."""
-    compiled = compile_all([Request("bad", "tests.bad_kernel", "bad_kernel", {"x_ptr": "*fp32"}, {"N": 256},
-                                    ("x_ptr",), warps=1, stages=1)])["bad"]
+    compiled = compile_all([BAD])["bad"]
     assert compiled.count(r"LDL|STL") > 0
     assert compiled.count(r"REDG?\.|ATOM") > 0
+
+
+def test_a_kernel_is_compiled_once_a_run(monkeypatch):
+    compiled = compile_all([BAD])["bad"]
+    monkeypatch.setattr(machine_code, "_compiler", lambda: pytest.fail("compiled again"))
+    assert compile_all([replace(BAD, name="of another name")]) == {"of another name": compiled}
+    with pytest.raises(pytest.fail.Exception):
+        compile_all([replace(BAD, warps=2)])
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_each_time():
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="power of 2"):
+            compile_all([replace(BAD, constants={"N": 3})])
+
+
+def test_a_compiler_that_crashes_is_an_error_and_is_replaced():
+    compiled = compile_all([BAD])["bad"]
+    machine_code._compiler().kill()
+    with pytest.raises(RuntimeError, match="crashed, exit status -9"):
+        compile_all([replace(BAD, constants={"N": 64})])
+    assert compile_all([replace(BAD, constants={"N": 64})])["bad"] != compiled

@@ -365,9 +365,13 @@ LAYERS = (
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("cfg", LAYERS, ids=lambda cfg: cfg.name)
-@pytest.mark.parametrize("mode", [*MODES, "exact"])
-@pytest.mark.parametrize("routing", ["natural", "skewed", "sparse"])
+@pytest.mark.parametrize(("cfg", "mode", "routing"), [
+    # Any two of the three meet in those that are not slow.
+    pytest.param(cfg, mode, routing, marks=[pytest.mark.slow] if (i + j + k) % 3 else [],
+                 id=f"{cfg.name}-{mode}-{routing}".replace(" ", "_"))
+    for i, cfg in enumerate(LAYERS) for j, mode in enumerate([*MODES, "exact"])
+    for k, routing in enumerate(["natural", "skewed", "sparse"])
+])
 def test_the_layer_is_right_for_its_own_routing(cfg, mode, routing, device):
     workload = Workload(cfg, 90, torch.float32, routing)
     weights = make_weights(cfg, torch.float32, device)
