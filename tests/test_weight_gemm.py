@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from unittest import mock
-
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
 import pytest
@@ -20,11 +12,7 @@ from labs.kernels.backward_loop import tile_for
 from labs.kernels.backward_sort import sort_rows
 from labs.kernels.backward_weights import weight_grad
 from labs.kernels.grouped_gemm import _SWIZZLED, LAUNCH
-from tests.machine_code import Compiled, Request, _compile
-
-import triton
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.machine_code import Request, compile_all
 
 # T tokens, E experts, K top-k, R = T*K rows; G gathered columns, S sorted columns.
 
@@ -43,28 +31,13 @@ def request(wide: bool, accumulate: bool) -> Request:
                  "S8": "i32", "length": "i32"}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     return Request(f"{wide} {accumulate}", "labs.kernels.weight_gemm", "weight_gemm_kernel", signature,
-                   {"WIDE": wide, "ACCUMULATE": accumulate}, aligned, 4, 3)
-
-
-def compile_gluon(one: Request) -> Compiled:
-    """machine_code's _compile for a Gluon kernel, with its launcher's bound of registers."""
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    def compile_bounded(source, target, options, compile=triton.compile):
-        return compile(source, target=target, options=options | LAUNCH)
-
-    with mock.patch("triton.compiler.ASTSource", GluonASTSource), mock.patch("triton.compile", compile_bounded):
-        return _compile(one)
+                   {"WIDE": wide, "ACCUMULATE": accumulate}, aligned, 4, 3, options=LAUNCH)
 
 
 @pytest.mark.parametrize(("wide", "accumulate"), VARIANTS)
 def test_machine_code_is_as_planned(wide, accumulate):
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "tests.test_weight_gemm"], cwd=ROOT, env=env, text=True,
-                          input=json.dumps(dataclasses.asdict(request(wide, accumulate))), capture_output=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = Compiled(**json.loads(done.stdout.splitlines()[-1]))
+    asked = request(wide, accumulate)
+    found = compile_all([asked])[asked.name]
     assert found.count("HGMMA") == 2 * 2 * 4, "a warpgroup's first step and its loop, 4 wgmma of depth 16 each"
     assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
     assert found.count("UTMALDG") > 0, "sorted rows by TMA"
@@ -155,6 +128,3 @@ def test_a_wrong_row_shows(transposed):
     out = gradient((offsets_E1, token_of_row_R, gathered_TG, sorted_RS), transposed)
     assert worst_error(out, given, transposed) > BOUND
 
-
-if __name__ == "__main__":
-    print(json.dumps(dataclasses.asdict(compile_gluon(Request(**json.load(sys.stdin))))))
