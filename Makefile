@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help run test test-all test-gpu lint diff plots
+.PHONY: help run test test-gpu lint diff plots
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -27,10 +27,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 run: $(READY)    ## the main job: run, gate, time and chart every level (ARGS="--tokens 64" ...)
 	$(PY) level_runner.py $(ARGS)
 
-test: $(READY)   ## the tests that this machine can run, but for a few slow ones
-	$(PY) -m pytest -n auto -m "not gpu and not slow" $(ARGS)
-
-test-all: $(READY)  ## every test that this machine can run
+test: $(READY)   ## every test that this machine can run
 	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)
 
 test-gpu: $(READY)  ## every test, on a machine with a GPU

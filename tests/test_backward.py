@@ -128,10 +128,8 @@ def assert_right(problem: Problem, found: dict[str, torch.Tensor], dtype: torch.
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("case", "dtype"), [
-    pytest.param(case, dtype, marks=pytest.mark.slow if i % 4 and dtype == DTYPES[1] else [], id=f"{case}-{dtype}")
-    for i, case in enumerate(CASES) for dtype in DTYPES
-])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_the_oracles(case, dtype, device):
     problem = Problem(case, dtype, device)
     assert_right(problem, problem.run(), dtype)
@@ -277,8 +275,7 @@ def all_paths(device: torch.device) -> Problem:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("fault", [pytest.param(fault, marks=[] if i % 3 == 0 else pytest.mark.slow, id=str(fault))
-                                   for i, fault in enumerate(FAULTS)])
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault, tmp_path, device):
     problem = all_paths(device)
     errors = problem.errors(problem.run(planted(fault, tmp_path)))
@@ -519,12 +516,8 @@ def requests(sm: int) -> list[Request]:
     return found
 
 
-# Compiling is slow where nothing is cached: `make test` does it for Hopper.
-NAMES = [pytest.param(one.name.rpartition(" ")[0], sm, marks=[pytest.mark.slow] if sm != 90 else [])
-         for sm in SHARED_MEMORY for one in requests(sm)]
-
-
-@pytest.mark.parametrize(("name", "sm"), NAMES)
+@pytest.mark.parametrize(("name", "sm"), [(one.name.rpartition(" ")[0], sm)
+                                          for sm in SHARED_MEMORY for one in requests(sm)])
 def test_machine_code_is_as_planned(name, sm):
     found = compile_all(requests(sm))[f"{name} sm_{sm}"]
     assert found.count("HGMMA" if sm == 90 else "HMMA") > 0, "tensor cores"

@@ -715,7 +715,6 @@ def test_wrong_tokens_are_refused(device):
 
 # ---- a training ----------------------------------------------------------------------------------
 
-@pytest.mark.slow
 def test_the_byte_lm_learns_and_repeats():
     run, again = (train(moe_factory(SMALL), SMALL, steps=20, device="cpu", progress=None) for _ in range(2))
     assert run.losses == again.losses
@@ -780,7 +779,6 @@ def test_wrong_arguments_of_the_breakdown_are_named(arguments, named, tmp_path, 
     assert named in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_training_run_is_recorded(tmp_path):
     arguments = ["--quick", "--steps", "3", "--out", str(tmp_path)]
     assert study.main(train_byte_lm.STUDY, arguments) == 0

@@ -100,7 +100,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("options", ["plain", pytest.param("bias, z-loss, checkpointing", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", ["plain", "bias, z-loss, checkpointing"])
 def test_two_processes_equal_one(options, tmp_path):
     path = tmp_path / "found.pt"
     mp.start_processes(worker, (free_port(), OPTIONS[options], str(path)), nprocs=WORLD, start_method="spawn")

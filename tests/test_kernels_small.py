@@ -524,7 +524,7 @@ def test_machine_code_of_routing(path, launches):
         check_code(name, code, tma=name.startswith("logits"))
 
 
-@pytest.mark.parametrize("sm", [80, 120, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (86, 89))])
+@pytest.mark.parametrize("sm", [80, 86, 89, 120])
 def test_machine_code_of_routing_and_combine_elsewhere(sm, launches, monkeypatch):
     """GPUs without TMA: the same kernels, their descriptors made pointers, in the shared memory that there is."""
     for module in (routing, combine):

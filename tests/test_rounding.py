@@ -365,13 +365,9 @@ LAYERS = (
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("cfg", "mode", "routing"), [
-    # Any two of the three meet in those that are not slow.
-    pytest.param(cfg, mode, routing, marks=[pytest.mark.slow] if (i + j + k) % 3 else [],
-                 id=f"{cfg.name}-{mode}-{routing}".replace(" ", "_"))
-    for i, cfg in enumerate(LAYERS) for j, mode in enumerate([*MODES, "exact"])
-    for k, routing in enumerate(["natural", "skewed", "sparse"])
-])
+@pytest.mark.parametrize("routing", ["natural", "skewed", "sparse"])
+@pytest.mark.parametrize("mode", [*MODES, "exact"])
+@pytest.mark.parametrize("cfg", LAYERS, ids=lambda cfg: cfg.name.replace(" ", "_"))
 def test_the_layer_is_right_for_its_own_routing(cfg, mode, routing, device):
     workload = Workload(cfg, 90, torch.float32, routing)
     weights = make_weights(cfg, torch.float32, device)
@@ -479,8 +475,7 @@ def requests(name: str, T: int, E: int, K: int, sm: int = 90) -> list[Request]:
 
 
 @pytest.mark.parametrize(("shape", "sm"), [
-    *(("T16384 E128", sm) for sm in (80, 90, 120)), ("T65536 E256", 90),
-    *(pytest.param("T16384 E128", sm, marks=pytest.mark.slow) for sm in (86, 89)),
+    *(("T16384 E128", sm) for sm in (80, 86, 89, 90, 120)), ("T65536 E256", 90),
 ])
 def test_machine_code(shape, sm):
     code = compile_all(requests(shape, *SHAPES[shape], sm))
