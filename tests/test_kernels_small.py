@@ -14,7 +14,7 @@ import torch
 from common.config import MoEConfig, Workload, preset
 from common.measure import Gate, gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import combine, decode, launch, routing
+from labs.kernels import combine, decode, launch, routing, routing_kernels
 from labs.kernels.decode import Tiles, Tiling
 from labs.kernels.routing import RouteTiling
 from labs.kernels.tiles import interleave_gate_up
@@ -23,7 +23,7 @@ from tests.machine_code import Compiled, Request, compile_all
 
 import triton  # isort: skip  (after common.level, which picks Triton's interpreter where there is no GPU)
 
-KERNELS = SimpleNamespace(routing=routing, decode=decode, combine=combine)
+KERNELS = SimpleNamespace(routing=routing, routing_kernels=routing_kernels, decode=decode, combine=combine)
 ROW_TILE = 16
 ONE, TWO, THREE = RouteTiling(1, 16, 4, splits=2), RouteTiling(2, 64, 4), RouteTiling(3, 16, 4, splits=2, logits_T=64)
 PATHS = {"one launch": ONE, "two launches": TWO, "three launches": THREE}
@@ -330,21 +330,25 @@ class Fault:
 
 
 FAULTS = (
-    Fault("ties to the higher expert", "routing", "tl.min(tl.where(keys == best[:, None], e[None, :], e.shape[0]), 1)",
+    Fault("ties to the higher expert", "routing_kernels",
+          "tl.min(tl.where(keys == best[:, None], e[None, :], e.shape[0]), 1)",
           "tl.max(tl.where(keys == best[:, None], e[None, :], -1), 1)"),
-    Fault("a slot counts itself", "routing", "i[None, :] < i[:, None]", "i[None, :] <= i[:, None]"),
-    Fault("unstable order", "routing", "i[None, :] < i[:, None]", "i[None, :] > i[:, None]"),
-    Fault("blocks before forgotten", "routing", "first_row[None, :] + tl.cumsum(counts, 0) - counts",
+    Fault("a slot counts itself", "routing_kernels", "i[None, :] < i[:, None]", "i[None, :] <= i[:, None]"),
+    Fault("unstable order", "routing_kernels", "i[None, :] < i[:, None]", "i[None, :] > i[:, None]"),
+    Fault("blocks before forgotten", "routing_kernels", "first_row[None, :] + tl.cumsum(counts, 0) - counts",
           "first_row[None, :] + tl.zeros_like(counts)"),
-    Fault("groups before forgotten", "routing", "first_row + before, counts", "first_row, counts"),
-    Fault("last part of D forgotten", "routing", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
-    Fault("an expert that is padding", "routing", "keys = tl.where((e < E)[None, :], keys, TAKEN)", "keys = keys"),
-    Fault("padding in the softmax", "routing", "tl.where((e < E)[None, :], tl.exp(logits - top_logit[:, None]), 0.0)",
+    Fault("groups before forgotten", "routing_kernels", "first_row + before, counts", "first_row, counts"),
+    Fault("last part of D forgotten", "routing_kernels", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
+    Fault("an expert that is padding", "routing_kernels",
+          "keys = tl.where((e < E)[None, :], keys, TAKEN)", "keys = keys"),
+    Fault("padding in the softmax", "routing_kernels",
+          "tl.where((e < E)[None, :], tl.exp(logits - top_logit[:, None]), 0.0)",
           "tl.exp(logits - top_logit[:, None])"),
-    Fault("tokens that are padding counted", "routing", "(e < E)[None, :] & (t < T)[:, None]", "(e < E)[None, :]"),
-    Fault("counter left standing", "routing", "tl.store(counter_ptr, 0)", "tl.store(counter_ptr, 1)"),
-    Fault("ragged row tile dropped", "routing", "(counts + (ROW_TILE - 1)) // ROW_TILE", "counts // ROW_TILE"),
-    Fault("last offset is not R", "routing", "mask=e == E - 1", "mask=e == E"),
+    Fault("tokens that are padding counted", "routing_kernels",
+          "(e < E)[None, :] & (t < T)[:, None]", "(e < E)[None, :]"),
+    Fault("counter left standing", "routing_kernels", "tl.store(counter_ptr, 0)", "tl.store(counter_ptr, 1)"),
+    Fault("ragged row tile dropped", "routing_kernels", "(counts + (ROW_TILE - 1)) // ROW_TILE", "counts // ROW_TILE"),
+    Fault("last offset is not R", "routing_kernels", "mask=e == E - 1", "mask=e == E"),
     Fault("always renormalized", "routing", "return cfg.renormalize or", "return True or"),
     Fault("softmax over all for the chosen", "routing", 'or cfg.scoring == "topk_softmax"', ""),
     Fault("swapped gate and up", "decode", "gate, up = acc", "up, gate = acc"),
@@ -364,20 +368,32 @@ FAULTS = (
 
 
 def planted(fault: Fault, folder) -> SimpleNamespace:
-    """The three modules, one of them an edited copy."""
-    source = inspect.getsource(getattr(KERNELS, fault.file))
-    assert fault.right in source, "the fault's line is gone from the file: plant it anew"
-    path = folder / f"{fault.file}_faulty.py"
-    path.write_text(source.replace(fault.right, fault.wrong))
+    """The modules, one of them an edited copy. Kernels of routing are launched by a copy of routing.py."""
+    edited = copied(fault.file, folder, fault.right, fault.wrong)
+    if fault.file != "routing_kernels":
+        return SimpleNamespace(**{**vars(KERNELS), fault.file: edited})
+    launchers = copied("routing", folder)
+    for name in vars(launchers):
+        if name.endswith("_kernel"):
+            setattr(launchers, name, getattr(edited, name))
+    return SimpleNamespace(**{**vars(KERNELS), "routing": launchers, "routing_kernels": edited})
+
+
+def copied(file: str, folder, right: str = "", wrong: str = "") -> ModuleType:
+    """A module of KERNELS, read from a copy in which `right` is `wrong`."""
+    source = inspect.getsource(getattr(KERNELS, file))
+    assert right in source, "the fault's line is gone from the file: plant it anew"
+    path = folder / f"{file}_copy.py"
+    path.write_text(source.replace(right, wrong) if right else source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return SimpleNamespace(**{**vars(KERNELS), fault.file: module})
+    return module
 
 
 def caught(kernels: SimpleNamespace, fault: Fault, device: torch.device) -> bool:
     try:
-        if fault.file == "routing":
+        if fault.file.startswith("routing"):
             return tie_fault(kernels.routing, ONE, device) or any(
                 routing_fault(kernels.routing, case, PATHS[path], torch.float16, device)
                 for case, path in FAULT_ROUTES)
@@ -400,7 +416,7 @@ def room(monkeypatch):
 
 @pytest.mark.parametrize("file", vars(KERNELS))
 def test_an_unedited_copy_is_not_caught(file, tmp_path, device, room):
-    fault = Fault("nothing", file, "import torch", "import torch")
+    fault = Fault("nothing", file, "import triton", "import triton")
     assert not caught(planted(fault, tmp_path), fault, device)
 
 

@@ -1,0 +1,455 @@
+"""The kernels of routing.py: logits, top-k, counting sort, work list.
+
+How    No sort. A token never picks one expert twice, so the rank of a slot (token, choice) among its expert's
+       rows is the number of earlier *tokens* that picked the expert: a triangle of ones times the 0/1 matrix
+       of choices, one exact tl.dot. The only atomics count arrivals: the last program to arrive does the rest,
+       on the same numbers in the same order whichever program it is, so results repeat bit for bit.
+
+       1 launch    route_and_place_kernel   all programs      logits of one token block over one part of D
+                                            last of a block   adds the parts, picks experts, ranks in the block
+                                            last of all       counts, offsets, rows, work list
+       3 launches  logits_kernel            the first step, 64 or 128 tokens a program, by TMA
+                   choose_kernel            the second; the last of a group of blocks adds up its counts
+                   place_kernel             the third, one program a group of 256 tokens
+       2 launches  logits_and_choose_kernel both first steps without leaving registers, then place_kernel
+
+routing.py says what each index array maps, and launches them.
+"""
+
+from __future__ import annotations
+
+import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# T tokens, D model width, E experts, K top-k, R = T*K routed rows, W entries of the work list.
+
+TAKEN = tl.constexpr(-(2**31))  # below the key of every number
+
+
+@triton.jit
+def sortable(bits):
+    """Float32 bits to int32 keys in the same order, and back: the map is its own inverse.
+
+    Integers order totally, so NaN logits still pick K distinct experts and corrupt no index.
+    """
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def partial_logits(
+    x_ptr,  # (T, D)
+    router_ptr,  # (E, D)
+    t, e, first_d, end_d, T, D, E,
+    BLOCK_D: tl.constexpr,
+):
+    """x[t, first_d:end_d] @ router[e, first_d:end_d].T, accumulated in float32."""
+    logits = tl.zeros([t.shape[0], e.shape[0]], tl.float32)
+    for start in tl.range(first_d, end_d, BLOCK_D, num_stages=3):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (d < end_d)[None, :]
+        x = tl.load(x_ptr + t.to(tl.int64)[:, None] * D + d[None, :], mask=(t < T)[:, None] & inside, other=0.0)
+        router = tl.load(router_ptr + e[:, None] * D + d[None, :], mask=(e < E)[:, None] & inside, other=0.0)
+        logits = tl.dot(x, router.T, logits, input_precision="ieee")
+    return logits
+
+
+@triton.jit
+def choose_experts(
+    logits, t, e, T, E,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """Top-k of each token, its scores, and each slot's rank among its expert's rows in this block.
+
+    Returns expert_ids, scores, ranks (BLOCK_T, TOP_K_POW2), valid in the first TOP_K columns, and counts (BLOCK_E,).
+    """
+    keys = sortable((logits + 0.0).to(tl.int32, bitcast=True))  # + 0.0: -0.0 ties with 0.0
+    keys = tl.where((e < E)[None, :], keys, TAKEN)
+    top_logit = sortable(tl.max(keys, 1)).to(tl.float32, bitcast=True)
+    if not RENORMALIZE:
+        total = tl.sum(tl.where((e < E)[None, :], tl.exp(logits - top_logit[:, None]), 0.0), 1)
+    k = tl.arange(0, TOP_K_POW2)
+    expert_ids = tl.zeros([t.shape[0], TOP_K_POW2], tl.int32)
+    chosen_keys = tl.zeros([t.shape[0], TOP_K_POW2], tl.int32)
+    for i in tl.range(TOP_K):
+        best = tl.max(keys, 1)
+        winner = tl.min(tl.where(keys == best[:, None], e[None, :], e.shape[0]), 1)
+        expert_ids = tl.where(k[None, :] == i, winner[:, None], expert_ids)
+        chosen_keys = tl.where(k[None, :] == i, best[:, None], chosen_keys)
+        keys = tl.where(e[None, :] == winner[:, None], TAKEN, keys)
+
+    chosen_logits = sortable(chosen_keys).to(tl.float32, bitcast=True)
+    scores = tl.where((k < TOP_K)[None, :], tl.exp(chosen_logits - top_logit[:, None]), 0.0)
+    if RENORMALIZE:
+        total = tl.sum(scores, 1)
+    scores = scores / total[:, None]
+
+    chosen = (keys == TAKEN) & (e < E)[None, :] & (t < T)[:, None]
+    i = tl.arange(0, t.shape[0])
+    earlier = i[None, :] < i[:, None]
+    chosen_earlier = tl.dot(earlier.to(tl.float16), chosen.to(tl.float16)).to(tl.int32)  # exact: at most BLOCK_T
+    ranks = tl.gather(chosen_earlier, expert_ids, 1)
+    return expert_ids, scores, ranks, tl.sum(chosen.to(tl.int32), 0)
+
+
+@triton.jit
+def store_choice(
+    expert_ids, scores, ranks, t,
+    expert_ids_ptr,  # (T, K)
+    scores_ptr,  # (T, K)
+    ranks_ptr,  # (T, K)
+    T,
+    TOP_K: tl.constexpr,
+):
+    """Store the first TOP_K columns of the tokens that exist."""
+    k = tl.arange(0, expert_ids.shape[1])
+    slots = t[:, None] * TOP_K + k[None, :]
+    valid = (t < T)[:, None] & (k < TOP_K)[None, :]
+    tl.store(expert_ids_ptr + slots, expert_ids, mask=valid)
+    tl.store(scores_ptr + slots, scores, mask=valid)
+    tl.store(ranks_ptr + slots, ranks, mask=valid)
+
+
+@triton.jit
+def load_slots(
+    first_block, num_blocks,
+    counts_ptr,  # (num_blocks, BLOCK_E)
+    expert_ids_ptr,  # (T, K)
+    ranks_ptr,  # (T, K)
+    T,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """What BLOCKS token blocks chose: counts (BLOCKS, BLOCK_E); slots, whether they exist, block, expert, rank."""
+    b = first_block + tl.arange(0, BLOCKS)
+    e = tl.arange(0, BLOCK_E)
+    i = tl.arange(0, BLOCKS * BLOCK_T * TOP_K_POW2)
+    slots = first_block * BLOCK_T * TOP_K + i
+    exist = (i < BLOCKS * BLOCK_T * TOP_K) & (slots < T * TOP_K)
+    # .cg: from L2, where the other programs' stores are.
+    counts = tl.load(counts_ptr + b[:, None] * BLOCK_E + e[None, :], mask=(b < num_blocks)[:, None], other=0,
+                     cache_modifier=".cg").to(tl.int32)
+    expert = tl.load(expert_ids_ptr + slots, mask=exist, other=0, cache_modifier=".cg")
+    rank = tl.load(ranks_ptr + slots, mask=exist, other=0, cache_modifier=".cg")
+    block = tl.where(exist, i // (BLOCK_T * TOP_K), 0)
+    return counts, slots, exist, block, expert, rank
+
+
+@triton.jit
+def store_rows(
+    first_row, counts, slots, exist, block, expert, rank,
+    row_of_slot_ptr,  # (T, K)
+    token_of_row_ptr,  # (R,)
+    TOP_K: tl.constexpr,
+):
+    """Sorted row of each slot: its expert's first row here, plus the counts of the blocks before, plus its rank."""
+    BLOCKS: tl.constexpr = counts.shape[0]
+    BLOCK_E: tl.constexpr = counts.shape[1]
+    first = first_row[None, :] + tl.cumsum(counts, 0) - counts
+    row = rank + tl.gather(tl.reshape(first, [BLOCKS * BLOCK_E]), block * BLOCK_E + expert, 0)
+    tl.store(row_of_slot_ptr + slots, row, mask=exist)
+    tl.store(token_of_row_ptr + row, slots // TOP_K, mask=exist)
+
+
+@triton.jit
+def store_offsets(
+    offsets_ptr,  # (E + 1,)
+    e, first_row, counts, E,
+):
+    """Each expert's first row, and the last one's end."""
+    tl.store(offsets_ptr + e, first_row, mask=e < E)
+    tl.store(offsets_ptr + e + 1, first_row + counts, mask=e == E - 1)
+
+
+@triton.jit
+def store_work(
+    work_ptr,  # (W, 4)
+    W, e, first_row, counts, first, step,
+    ROW_TILE: tl.constexpr,
+):
+    """Work list entries of the row tiles first, first + step, ... of every expert; by program 0 also their number.
+
+    Experts in order. The m-th tile of an expert starts at its first row + m * ROW_TILE.
+    """
+    tiles = (counts + (ROW_TILE - 1)) // ROW_TILE
+    first_tile = tl.cumsum(tiles, 0) - tiles
+    for m in tl.range(first, tl.max(tiles, 0), step):
+        entry = work_ptr + (first_tile + m) * 4
+        tl.store(entry, e, mask=m < tiles)
+        tl.store(entry + 1, first_row, mask=m < tiles)
+        tl.store(entry + 2, first_row + counts, mask=m < tiles)
+        tl.store(entry + 3, first_tile, mask=m < tiles)
+    if first == 0:
+        tl.store(work_ptr + (W - 1) * 4, tl.sum(tiles, 0))
+
+
+@triton.jit
+def last_to_arrive(counter_ptr, expected):
+    """True in the program that arrives last; everything the others wrote before is visible there.
+
+    The barrier puts all of a program's stores before its one atomic. The last one resets the counter.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def finish_block(
+    logits, block, t, e,
+    arrivals_ptr,  # (groups,)
+    counts_ptr,  # (blocks, BLOCK_E)
+    group_counts_ptr,  # (groups, BLOCK_E)
+    expert_ids_ptr,  # (T, K)
+    scores_ptr,  # (T, K)
+    ranks_ptr,  # (T, K)
+    T, E,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Choice of one token block, stored; the last block of its group adds up the group's counts."""
+    BLOCK_E: tl.constexpr = e.shape[0]
+    expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE)
+    store_choice(expert_ids, scores, ranks, t, expert_ids_ptr, scores_ptr, ranks_ptr, T, TOP_K)
+    tl.store(counts_ptr + block * BLOCK_E + e, counts.to(tl.uint8))
+    group = block // GROUP
+    num_blocks = tl.num_programs(0)
+    if last_to_arrive(arrivals_ptr + group, tl.minimum(GROUP, num_blocks - group * GROUP)):
+        b = group * GROUP + tl.arange(0, GROUP)
+        members = tl.load(counts_ptr + b[:, None] * BLOCK_E + e[None, :], mask=(b < num_blocks)[:, None], other=0,
+                          cache_modifier=".cg")
+        tl.store(group_counts_ptr + group * BLOCK_E + e, tl.sum(members.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["T", "E", "W"])
+def route_and_place_kernel(
+    x_ptr,  # (T, D)
+    router_ptr,  # (E, D)
+    partials_ptr,  # (SPLITS, NUM_BLOCKS * BLOCK_T, BLOCK_E) float32, scratch
+    arrivals_ptr,  # (NUM_BLOCKS + 1,) int32, zero before and after
+    counts_ptr,  # (NUM_BLOCKS, BLOCK_E) uint8, scratch
+    expert_ids_ptr,  # (T, K) int32
+    scores_ptr,  # (T, K) float32
+    row_of_slot_ptr,  # (T, K) int32
+    token_of_row_ptr,  # (R,) int32
+    offsets_ptr,  # (E + 1,) int32
+    work_ptr,  # (W, 4) int32
+    T, D, E, W, split_D,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    NUM_BLOCKS_POW2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Everything in one launch, for T <= NUM_BLOCKS * BLOCK_T. Float32 accumulator (BLOCK_T, BLOCK_E).
+
+    Grid (NUM_BLOCKS, SPLITS): a program owns the logits of BLOCK_T tokens over split_D columns of D.
+    """
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    end_d = tl.minimum(D, (split + 1) * split_D)
+    logits = partial_logits(x_ptr, router_ptr, t, e, split * split_D, end_d, T, D, E, BLOCK_D)
+    part_ptrs = partials_ptr + t[:, None] * BLOCK_E + e[None, :]
+    part_stride = NUM_BLOCKS * BLOCK_T * BLOCK_E
+    tl.store(part_ptrs + split * part_stride, logits)
+    if PDL:
+        gdc_launch_dependents()
+    if last_to_arrive(arrivals_ptr + block, SPLITS):
+        logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+        for s in tl.static_range(SPLITS):
+            logits += tl.load(part_ptrs + s * part_stride, cache_modifier=".cg")
+        expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE)
+        if NUM_BLOCKS == 1:
+            first_row = tl.cumsum(counts, 0) - counts
+            rows = tl.gather(tl.broadcast_to(first_row[None, :], [BLOCK_T, BLOCK_E]), expert_ids, 1) + ranks
+            store_choice(expert_ids, scores, rows, t, expert_ids_ptr, scores_ptr, row_of_slot_ptr, T, TOP_K)
+            valid = (t < T)[:, None] & (tl.arange(0, TOP_K_POW2) < TOP_K)[None, :]
+            tl.store(token_of_row_ptr + rows, tl.zeros_like(rows) + t[:, None], mask=valid)
+            store_offsets(offsets_ptr, e, first_row, counts, E)
+            store_work(work_ptr, W, e, first_row, counts, 0, 1, ROW_TILE)
+        else:
+            store_choice(expert_ids, scores, ranks, t, expert_ids_ptr, scores_ptr, row_of_slot_ptr, T, TOP_K)
+            tl.store(counts_ptr + block * BLOCK_E + e, counts.to(tl.uint8))
+            if last_to_arrive(arrivals_ptr + NUM_BLOCKS, NUM_BLOCKS):
+                counts_BE, slots, exist, b, expert, rank = load_slots(
+                    0, NUM_BLOCKS, counts_ptr, expert_ids_ptr, row_of_slot_ptr, T, TOP_K, TOP_K_POW2,
+                    NUM_BLOCKS_POW2, BLOCK_T, BLOCK_E)
+                total = tl.sum(counts_BE, 0)
+                first_row = tl.cumsum(total, 0) - total
+                store_rows(first_row, counts_BE, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr,
+                           TOP_K)
+                store_offsets(offsets_ptr, e, first_row, total, E)
+                store_work(work_ptr, W, e, first_row, total, 0, 1, ROW_TILE)
+
+
+@triton.jit(do_not_specialize=["T"])
+def logits_kernel(
+    x_desc,  # (T, D), box (BLOCK_T, BLOCK_D)
+    router_desc,  # (E, D), box (BLOCK_E, BLOCK_D)
+    partials_ptr,  # (splits, T, E_PAD) float32
+    T, D, split_D,
+    E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Partial logits over split_D columns of D, a multiple of BLOCK_D. Float32 accumulator (BLOCK_T, BLOCK_E).
+
+    Grid (token blocks, E_PAD / BLOCK_E, splits).
+    """
+    if PDL:
+        gdc_launch_dependents()
+    first_t = tl.program_id(0) * BLOCK_T
+    first_e = tl.program_id(1) * BLOCK_E
+    first_d = tl.program_id(2) * split_D
+    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for d in tl.range(first_d, tl.minimum(D, first_d + split_D), BLOCK_D, num_stages=STAGES):
+        x = x_desc.load([first_t, d])
+        router = router_desc.load([first_e, d])
+        logits = tl.dot(x, router.T, logits, input_precision="ieee")
+    t = first_t + tl.arange(0, BLOCK_T)
+    e = first_e + tl.arange(0, BLOCK_E)
+    row = tl.program_id(2).to(tl.int64) * T + t
+    tl.store(partials_ptr + row[:, None] * E_PAD + e[None, :], logits, mask=(t < T)[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def choose_kernel(
+    partials_ptr,  # (SPLITS, T, BLOCK_E) float32
+    arrivals_ptr,  # (groups,) int32, zero before and after
+    counts_ptr,  # (blocks, BLOCK_E) uint8: rows of each expert in each token block
+    group_counts_ptr,  # (groups, BLOCK_E) int32: the same for GROUP blocks together
+    expert_ids_ptr,  # (T, K) int32
+    scores_ptr,  # (T, K) float32
+    ranks_ptr,  # (T, K) int32: rank of the slot among its expert's rows in its block
+    T, E,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sum of the partial logits in float32, then finish_block. Grid (token blocks,): a program owns BLOCK_T tokens."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for s in tl.static_range(SPLITS):
+        row = t.to(tl.int64) + s * T.to(tl.int64)
+        logits += tl.load(partials_ptr + row[:, None] * BLOCK_E + e[None, :], mask=(t < T)[:, None], other=0.0)
+    finish_block(logits, block, t, e, arrivals_ptr, counts_ptr, group_counts_ptr, expert_ids_ptr, scores_ptr,
+                 ranks_ptr, T, E, TOP_K, TOP_K_POW2, RENORMALIZE, GROUP)
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def logits_and_choose_kernel(
+    x_desc,  # (T, D), box (BLOCK_T, BLOCK_D)
+    router_desc,  # (E, D), box (BLOCK_E, BLOCK_D)
+    arrivals_ptr,  # (groups,) int32, zero before and after
+    counts_ptr,  # (blocks, BLOCK_E) uint8
+    group_counts_ptr,  # (groups, BLOCK_E) int32
+    expert_ids_ptr,  # (T, K) int32
+    scores_ptr,  # (T, K) float32
+    ranks_ptr,  # (T, K) int32
+    T, D, E,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Logits that never leave the registers, then finish_block. Float32 accumulator (BLOCK_T, BLOCK_E).
+
+    Grid (token blocks,): a program owns BLOCK_T tokens. With a warp for every 16 of them, a token's logits
+    lie in four threads of one warp and no reduction over experts crosses warps.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    block = tl.program_id(0)
+    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        x = x_desc.load([block * BLOCK_T, d])
+        router = router_desc.load([0, d])
+        logits = tl.dot(x, router.T, logits, input_precision="ieee")
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    finish_block(logits, block, t, e, arrivals_ptr, counts_ptr, group_counts_ptr, expert_ids_ptr, scores_ptr,
+                 ranks_ptr, T, E, TOP_K, TOP_K_POW2, RENORMALIZE, GROUP)
+
+
+@triton.jit(do_not_specialize=["T", "E", "W", "num_blocks"])
+def place_kernel(
+    counts_ptr,  # (num_blocks, BLOCK_E) uint8
+    group_counts_ptr,  # (groups, BLOCK_E) int32
+    expert_ids_ptr,  # (T, K) int32
+    row_of_slot_ptr,  # (T, K) int32: ranks within the block on entry, sorted rows on exit
+    token_of_row_ptr,  # (R,) int32
+    offsets_ptr,  # (E + 1,) int32
+    work_ptr,  # (W, 4) int32
+    T, E, W, num_blocks,
+    TOP_K: tl.constexpr,
+    TOP_K_POW2: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sorted rows of GROUP token blocks, and a share of the work list. Int32 throughout.
+
+    Grid (groups,): a program owns one group, and sums the counts of all groups for itself, CHUNK at a time:
+    cheaper than a launch for a scan. Program 0 also writes the offsets.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    group = tl.program_id(0)
+    num_groups = tl.num_programs(0)
+    e = tl.arange(0, BLOCK_E)
+    counts, slots, exist, b, expert, rank = load_slots(
+        group * GROUP, num_blocks, counts_ptr, expert_ids_ptr, row_of_slot_ptr, T, TOP_K, TOP_K_POW2, GROUP, BLOCK_T,
+        BLOCK_E)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    for start in tl.range(0, num_groups, CHUNK):
+        g = start + tl.arange(0, CHUNK)
+        chunk = tl.load(group_counts_ptr + g[:, None] * BLOCK_E + e[None, :], mask=(g < num_groups)[:, None], other=0)
+        total += tl.sum(chunk, 0)
+        before += tl.sum(tl.where((g < group)[:, None], chunk, 0), 0)
+    first_row = tl.cumsum(total, 0) - total
+    store_rows(first_row + before, counts, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr, TOP_K)
+    if group == 0:
+        store_offsets(offsets_ptr, e, first_row, total, E)
+    store_work(work_ptr, W, e, first_row, total, group, num_groups, ROW_TILE)
