@@ -11,7 +11,8 @@ its rows come by cp.async; dW1's tile is transposed as it is stored.
     results    from registers, masked; added to a float32 buffer where asked (main_grad)
 
 An expert without rows gets zeros. Rows past an expert's end are multiplied by zeros: a NaN or an infinity in one
-expert's gradient may therefore reach the weight gradient of the expert before it. No atomics.
+expert's gradient may therefore reach the weight gradients of the experts whose last block of rows goes on into it,
+those without rows included. No atomics.
 
     index array     shape     from -> to
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
@@ -26,7 +27,7 @@ import torch
 from labs.kernels.backward_loop import blocks, describe, halves, programs
 from labs.kernels.plain_gemm import PlainTile
 from labs.kernels.tiles import check
-from labs.kernels.weight_gemm import weight_gemm
+from labs.kernels.weight_gemm import ROWS, weight_gemm
 
 import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
@@ -146,21 +147,22 @@ def weight_grad(
     """out[e] = gathered_TG[tokens of e].T @ sorted_RS[rows of e], (G, S), or its transpose (S, G) if `transposed`.
 
     gathered_TG and sorted_RS of one dtype, index arrays int32, all contiguous; out (E, G, S) or (E, S, G), added to
-    and float32 if `accumulate`. spare_rows: offsets_E1 may end before R; then up to tile.block_K rows of sorted_RS
-    past its end are set to zero. Raises ValueError for what does not fit.
+    and float32 if `accumulate`. spare_rows: offsets_E1 may end before R; then a block of rows of sorted_RS past its end
+    is set to zero. Raises ValueError for what does not fit.
     """
     (R, S), G, E = sorted_RS.shape, gathered_TG.shape[1], offsets_E1.numel() - 1
     check("gathered_TG", gathered_TG, (gathered_TG.shape[0], G), sorted_RS.dtype)
     check("sorted_RS", sorted_RS, (R, S), gathered_TG.dtype)
     check("token_of_row_R", token_of_row_R, (R,), torch.int32)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
-    check("out", out, (E, S, G) if transposed else (E, G, S), torch.float32 if accumulate else out.dtype)
+    check("out", out, (E, S, G) if transposed else (E, G, S), torch.float32 if accumulate else sorted_RS.dtype)
     if R == 0:
         if not accumulate:
             out.zero_()
         return
     if spare_rows and tile.tma:
-        zero_tail_kernel[(tile.block_K, triton.cdiv(S, 1024))](sorted_RS, offsets_E1, E, R, S, BLOCK=1024, num_warps=4)
+        zero_tail_kernel[(max(tile.block_K, ROWS), triton.cdiv(S, 1024))](
+            sorted_RS, offsets_E1, E, R, S, BLOCK=1024, num_warps=4)
     if tile.tma and sorted_RS.dtype == torch.bfloat16:
         weight_gemm(gathered_TG, token_of_row_R, sorted_RS, offsets_E1, out, transposed, accumulate)
         return

@@ -15,8 +15,12 @@ by 256, 208 KB. The 256 columns stay for the whole run if 4 stages hold all thei
     gathered by cp.async, 128 arrivals            run ends, if they stay
                                                   after the last step: 16-byte stores from registers
 
-Rows past an expert's end are zeros in the gathered operand, the next expert's in the sorted one. An expert without
+Rows past an expert's end are zeros in the gathered operand, the next experts' in the sorted one. An expert without
 rows has one step of these, and gets zeros.
+
+Where the sorted operand is the narrow one, three of the producer's warps arrive nowhere in a step that loads no wide
+stage. They must not fall behind the fourth, or they would take a barrier's phase for the one after the next: what keeps
+them in step is the barrier that Triton sets before each TMA.
 
     index array     shape     from -> to
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
@@ -305,6 +309,8 @@ def weight_gemm(gathered_TG: torch.Tensor, token_of_row_R: torch.Tensor, sorted_
                 offsets_E1: torch.Tensor, out: torch.Tensor, transposed: bool, accumulate: bool) -> None:
     """weight_grad of backward_weights.py, which has checked the arguments, on sm_90 and in bf16."""
     (R, S), G, E = sorted_RS.shape, gathered_TG.shape[1], offsets_E1.numel() - 1
+    if gathered_TG.data_ptr() % 16:  # a gradient may be a view of something flat; cp.async takes 16 bytes
+        gathered_TG = gathered_TG.clone()
     length = run_length(R, E)
     narrow, wide = (S, G) if transposed else (G, S)
     runs = E * triton.cdiv(triton.cdiv(narrow, BLOCK_M), length) * triton.cdiv(wide, BLOCK_N)

@@ -107,8 +107,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("other_efficiency", "doubling_efficiency"):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0 and at most 1")
-    if (args.backward or 0) < 0 or (args.price is not None and args.price < 0):
-        raise ValueError(f"--backward {args.backward} --price {args.price}: at least 0")
+    for name in ("backward", "price"):
+        if (getattr(args, name) or 0) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: at least 0")
     if (args.layer_ms is None) != (args.layer_tokens is None):
         raise ValueError("--layer-ms and --layer-tokens: give both or neither")
     if args.layer_ms is not None and (args.layer_ms <= 0 or args.layer_tokens < 1):
@@ -128,7 +129,8 @@ def layer_time(args: argparse.Namespace) -> dict:
         raise ValueError(f"--times {shown(path)}: there is no such file. On a GPU, level_runner.py --preset "
                          f"{args.config} makes it; or give --layer-ms and --layer-tokens")
     runs = [run for run in load(path) if run.routing == "natural" and not run.partial]
-    run = max(runs, key=lambda one: one.shape["T"])
+    trained_at = trained_tokens(args)
+    run = max(runs, key=lambda one: (one.shape["T"] == trained_at, one.shape["T"]))
     if run.preset != args.config:
         raise ValueError(f"--times {path}: holds {run.preset}, --config is {args.config}")
     row = pick_row(run, args.level, TRAINS if args.mode == "training" else None, path)
@@ -147,19 +149,30 @@ def pick_row(run: Run, name: str | None, preferred: str | None, path: Path):
     return min(timed, key=lambda row: row.wall_ms.p50)
 
 
+def measured_steps(args: argparse.Namespace) -> dict | None:
+    """The recorded training step of this case's experts, unless an option stands in its place."""
+    if args.mode != "training" or args.backward is not None or args.times or not BACKWARD_TIMES.exists():
+        return None
+    shapes = json.loads(BACKWARD_TIMES.read_text())["figures"]["shapes"]
+    return next((one for one in shapes if one["config"] == args.config), None)
+
+
+def trained_tokens(args: argparse.Namespace) -> int | None:
+    """The tokens of that step: its forward and the layer's are to be of the same number, if there is such a run."""
+    found = measured_steps(args)
+    return found and found["shape"]["T"]
+
+
 def backward_time(args: argparse.Namespace, measured: dict) -> dict:
     """A MoE layer's backward over its forward in time, and where that comes from."""
-    if args.backward is not None:
-        return {"times": args.backward, "source": "--backward", "measured": False}
-    if measured["level"] == TRAINS and BACKWARD_TIMES.exists():
-        for one in json.loads(BACKWARD_TIMES.read_text())["figures"]["shapes"]:
-            if one["config"] == args.config:
-                ours = one["rows"][0]
-                forward, step = (ours[key]["p50"] for key in ("forward_ms", "step_ms"))
-                return {"times": (step - forward) / forward,
-                        "source": f"{BACKWARD_TIMES.relative_to(ROOT)}, the experts at {one['shape']['T']:,} tokens",
-                        "measured": True}
-    return {"times": 2.0, "source": "assumed: its FLOPs", "measured": False}
+    found = measured_steps(args)
+    if found is None or measured["level"] != TRAINS:
+        source = "assumed: its FLOPs" if args.backward is None else "--backward"
+        return {"times": 2.0 if args.backward is None else args.backward, "source": source, "measured": False}
+    ours = next(row for row in found["rows"] if row["name"] == "our kernels")
+    forward, step = (ours[key]["p50"] for key in ("forward_ms", "step_ms"))
+    return {"times": (step - forward) / forward, "measured": True,
+            "source": f"{BACKWARD_TIMES.relative_to(ROOT)}, the experts at {found['shape']['T']:,} tokens"}
 
 
 # ---- what follows --------------------------------------------------------------------------------
@@ -206,8 +219,8 @@ def estimate(args: argparse.Namespace, measured: dict, backward: float) -> dict:
     weights_gb = 2 * model.total_billions
     return {"case": at(args.num_gpus), "curve": [at(2**i) for i in range(11)], "layer_ms": layer_ms,
             "moe_share": moe_s / (moe_s + other_s), "flops_a_token": needed, "price": price,
-            "layer_share_of_peak": 6 * measured["tokens"] * cfg.K * cfg.D * cfg.F / (layer_ms / 1e3)
-            / (hardware.tflops * 1e12),
+            "layer_share_of_peak": flops_passes / passes * 6 * measured["tokens"] * cfg.K * cfg.D * cfg.F
+            / (layer_ms / 1e3) / (hardware.tflops * 1e12),
             "weights_gb": weights_gb, "memory_gb": hardware.gigabytes * args.num_gpus}
 
 
@@ -227,6 +240,7 @@ def measure(options: Options) -> dict:
     backward = backward_time(args, measured)
     found = estimate(args, measured, backward["times"])
     layer = f"a MoE layer of {args.config} in {number(found['layer_ms'])} ms for {measured['tokens']:,} tokens"
+    layer += f" and a backward of {number(backward['times'])} times that" if args.mode == "training" else ""
     refuse_above_peak(found["layer_share_of_peak"], layer, 1, args.hardware)
     refuse_above_peak(found["case"]["share_of_peak"], f"{found['case']['tokens_per_day']:.3g} tokens a day",
                       args.num_gpus, args.hardware)
@@ -283,9 +297,10 @@ def table(figures: dict) -> list[Table | str]:
 
 def draw(figures: dict, under: str) -> dict[str, Figure]:
     """Tokens a day against GPUs: with the losses of scaling, without, and at the peak."""
+    pair = ", and a measured backward" if figures["backward"]["measured"] else ""
     fig, (ax,) = figure(f"{figures['config']}, {figures['mode']} on {figures['hardware']}: tokens a day against GPUs",
-                        f"layer time from {figures['measured']['source']} (level {figures['measured']['level']}), all "
-                        f"else assumed  |  {under}")
+                        f"layer time from {figures['measured']['source']} (level {figures['measured']['level']}"
+                        f"{pair}), all else assumed  |  {under}")
     gpus = [one["gpus"] for one in figures["curve"]]
     for key, color, style, name in (("tokens_per_day", COLORS[0], "o-", "estimate"),
                                     ("ideal_per_day", COLORS[2], "--", "without losses of scaling"),
@@ -313,7 +328,7 @@ def conclude(figures: dict) -> str:
     words = (f" The claim of {claim['tokens_per_day']:.3g} a day would need {percent(claim['share_of_peak'])} of the "
              f"peak, which is not impossible." if claim else "")
     rests = "whose forward was measured, all else is assumed"
-    if figures["mode"] == "training" and figures["backward"]["measured"]:
+    if figures["backward"]["measured"]:
         rests = "whose forward and backward were measured, all else is assumed"
     return (f"{case['gpus']} {figures['hardware']} make {case['tokens_per_day'] / 1e9:,.2f} billion tokens a day of "
             f"{figures['config']} ({figures['mode']}), {number(case['days_per_trillion'])} days and "
