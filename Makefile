@@ -42,6 +42,7 @@ diff:            ## what level N adds to the level below: make diff N=4
 		{ echo "N=$(N): no such level, or none below it"; exit 2; }
 	@git --no-pager diff --no-index --stat --patch labs/level$$(($(N) - 1))_*.py labs/level$(N)_*.py || true
 
-plots: $(READY)  ## draw all charts and README tables again from plots/*.json
+plots: $(READY)  ## draw all charts and README tables again from the JSON in plots/
 	$(PY) level_runner.py --plot plots/*.json plots/peers/*.json
+	$(PY) -m labs.studies.redraw
 	$(PY) level_runner.py --readme

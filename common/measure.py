@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -276,7 +277,8 @@ class Ceilings:
 def environment(device: torch.device) -> dict[str, object]:
     """What the figures were measured on: GPU, versions, commit, date.
 
-    The commit is asked of git. A copy without its history can be told by LAB_COMMIT=<hash>.
+    The commit is asked of git. A copy without its history can be told by LAB_COMMIT=<hash>; raises ValueError if
+    that is none.
     """
     on_gpu = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
@@ -298,6 +300,8 @@ def environment(device: torch.device) -> dict[str, object]:
 def _commit() -> tuple[str, bool | None]:
     given = os.environ.get("LAB_COMMIT")
     if given:
+        if not re.fullmatch(r"[0-9a-f]{12,40}", given):
+            raise ValueError(f"LAB_COMMIT={given!r}: need 12 or more digits of a commit, as `git rev-parse HEAD` says")
         return given[:12], None
     root = Path(__file__).resolve().parents[1]
 

@@ -65,8 +65,8 @@ def training_markdown(record: dict) -> str:
     env = record["environment"]
     lines = [
         "| layer | tokens | forward + backward, ms (p20 to p80) | grouped_mm | speedup | checkpointed | kept MiB | "
-        "grouped_mm | checkpointed | peak MiB | grouped_mm | checkpointed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "grouped_mm | saved | checkpointed | peak MiB | grouped_mm | checkpointed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in record["figures"]["shapes"]:
         rows = {row["name"]: row for row in shape["rows"]}
@@ -79,6 +79,7 @@ def training_markdown(record: dict) -> str:
         if times[0]["p80"] >= times[1]["p20"] and times[1]["p80"] >= times[0]["p20"]:
             gain += ", within the spread"
         memory = [number(row[key]) for key in ("kept_mib", "peak_mib") for row in (ours, base, saving)]
+        memory.insert(2, f"{1 - ours['kept_mib'] / base['kept_mib']:.0%}")
         cells = [shape["config"], f"{shape['shape']['T']:,}", *spread[:2], gain, spread[2], *memory]
         lines.append("| " + " | ".join(cells) + " |")
     dtypes = ", ".join(sorted({shape["dtype"] for shape in record["figures"]["shapes"]}))

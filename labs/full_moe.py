@@ -51,6 +51,7 @@ class SharedExpert(nn.Module):
         self.down_proj = nn.Linear(ffn_dim, hidden_dim, bias=False, **made)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D), x's dtype."""
         return self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 

@@ -280,7 +280,7 @@ def test_the_training_table_holds_medians_and_memory():
                                          ("grouped_mm, bmm sum", 20.0, 600.0, 800.0))]}]}}
     found = training_markdown(record)
     assert ("| small | 1,024 | 10.0 (9.00 to 11.0) | 20.0 (18.0 to 22.0) | 2.00x | 14.0 (12.6 to 15.4) | "
-            "100 | 600 | 20.0 | 400 | 800 | 300 |") in found
+            "100 | 600 | 83% | 20.0 | 400 | 800 | 300 |") in found
     assert "NVIDIA Test, driver 1, torch 2, Triton 3, bfloat16, commit abc, 2026-01-01." in found
     record["figures"]["shapes"][0]["rows"][0]["step_ms"]["p80"] = 19.0
     assert "2.00x, within the spread" in training_markdown(record)

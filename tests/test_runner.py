@@ -15,7 +15,7 @@ import common.run
 import level_runner
 from common.config import MoEConfig, Workload, preset
 from common.level import Level, Loaded, discover
-from common.measure import Ceilings, Spread, WallClock, gate, interleave
+from common.measure import Ceilings, Spread, WallClock, environment, gate, interleave
 from common.model import make_inputs, make_weights, oracle
 from common.peers import Peer
 from common.profile import named_ranges
@@ -283,9 +283,17 @@ def test_profiling_ranges_do_not_break_a_compiled_level():
     assert batched.module.route.__name__ == "route", "the ranges must be taken off again"
 
 
+def test_a_commit_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("LAB_COMMIT", "06ab1e0")
+    with pytest.raises(ValueError, match="LAB_COMMIT='06ab1e0'"):
+        environment(DEVICE)
+    monkeypatch.setenv("LAB_COMMIT", "0123456789abcdef")
+    assert environment(DEVICE)["commit"] == "0123456789ab"
+
+
 def test_quick_is_one_small_run_without_references(tmp_path):
     _, (recorded,) = run(tmp_path, "--quick", "--tokens", "16,8", levels=[GOOD])
-    assert recorded.shape["T"] == 16
+    assert recorded.shape["T"] == 8
     assert [row.kind for row in recorded.rows] == ["level"]
 
 

@@ -5,6 +5,7 @@ Their kernels are compiled for sm_90 here too, and held to the marks of what the
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -23,6 +25,7 @@ from labs.studies import (
     grouped_gemm,
     moe_basics,
     peers,
+    redraw,
     routing,
     study,
     throughput,
@@ -44,7 +47,7 @@ TINY = {
     "reading_a_profile": [],
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton's interpreter is for machines without a GPU
-SHARED = ("__init__", "study", "byte_lm")
+SHARED = ("__init__", "study", "redraw", "byte_lm")
 
 
 def study_of(name: str) -> study.Study:
@@ -167,6 +170,26 @@ def test_charts_show_the_jsons_figures(ran):
     for mode, one in figures["quality"]["modes"].items():
         assert drawn[f"{mode} seeds"] == [run[-1][1] for run in one["evaluations"]]
     plt.close("all")
+
+
+@pytest.mark.skipif(f"matplotlib=={mpl.__version__}\n" not in (study.ROOT / "requirements.txt").read_text(),
+                    reason="another matplotlib draws otherwise")
+@pytest.mark.parametrize("path", redraw.recorded(), ids=lambda path: path.stem)
+def test_the_recorded_charts_and_sentence_are_what_their_json_gives(path, tmp_path):
+    known = redraw.STUDIES[study.name_of(path)]
+    record = study.load(path, known)
+    assert record["conclusion"] == study.sentence(known, record), "run make plots"
+    charts = [drawn for drawn in study.draw(record, known, tmp_path) if drawn.suffix == ".svg"]
+    assert charts
+    for chart in charts:
+        assert chart.read_bytes() == (path.parent / chart.name).read_bytes(), "run make plots"
+
+
+def test_redrawing_names_a_file_that_is_no_record(tmp_path):
+    path = tmp_path / "no.json"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"no.json: holds study None"):
+        redraw.redraw(path)
 
 
 # ---- what single studies must not get wrong --------------------------------------------------------
@@ -307,6 +330,31 @@ def test_throughput_follows_from_its_assumptions(tmp_path, capsys):
     names = " ".join(name for name, _ in figures["assumptions"])
     for option in ("--times", "--hardware", "--backward", "--other-efficiency", "--doubling-efficiency", "--price"):
         assert option in names
+
+
+def test_layers_scale_the_model(tmp_path):
+    def model(*words: str) -> throughput.Model:
+        parser = argparse.ArgumentParser()
+        throughput.arguments(parser)
+        return throughput.model_of(parser.parse_args(["--config", "mixtral-8x7b", *words]))
+
+    whole, half = model(), model("--layers", "16")
+    assert (half.layers, half.moe_layers) == (16, 16)
+    assert half.total_billions == pytest.approx(whole.total_billions / 2)
+    assert half.active_billions == pytest.approx(whole.active_billions / 2)
+    dense = model("--layers", "33")
+    assert dense.total_billions == pytest.approx(whole.total_billions * 33 / 32)
+
+
+def test_a_backward_goes_with_a_forward_of_as_many_tokens(tmp_path):
+    assert throughput_of(tmp_path, "--config", "qwen3-30b-a3b") == 0
+    figures = json.loads(next(tmp_path.glob("*.json")).read_text())["figures"]
+    steps = json.loads(throughput.BACKWARD_TIMES.read_text())["figures"]["shapes"]
+    (shape,) = (one for one in steps if one["config"] == "qwen3-30b-a3b")
+    assert figures["measured"]["tokens"] == shape["shape"]["T"]
+    assert figures["measured"]["level"] == "backward"
+    ours = next(row for row in shape["rows"] if row["name"] == "our kernels")
+    assert 1 + figures["backward"]["times"] == pytest.approx(ours["step_ms"]["p50"] / ours["forward_ms"]["p50"])
 
 
 def test_other_hardware_takes_the_worse_of_its_two_limits():

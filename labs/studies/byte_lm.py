@@ -121,6 +121,7 @@ class Attention(nn.Module):
         self.qkv_proj, self.o_proj = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) -> (B, S, D)."""
         B, S, D = x_BSD.shape
         q, k, v = self.qkv_proj(x_BSD).view(B, S, 3, self.H, D // self.H).permute(2, 0, 3, 1, 4)
         out_BHSd = scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
@@ -145,6 +146,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = nn.RMSNorm(size.D), factory(size.D)
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, D) -> (B, S, D), and the layer's auxiliary loss."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
         out_BSD, aux_loss = self.mlp(self.mlp_norm(x_BSD), return_aux_loss=True)
         return x_BSD + out_BSD, aux_loss
@@ -160,6 +162,7 @@ class ByteLM(nn.Module):
         self.norm, self.head = nn.RMSNorm(size.D), nn.Linear(size.D, BYTES, bias=False)
 
     def forward(self, bytes_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bytes (B, S), integers -> logits of the next byte (B, S, 256), and the sum of the auxiliary losses."""
         x_BSD, aux_losses = self.embedding(bytes_BS), []
         for block in self.blocks:
             x_BSD, aux_loss = block(x_BSD)

@@ -182,13 +182,24 @@ def write(record: dict, path: Path) -> None:
     os.replace(scratch, path)
 
 
-def load(path: Path, study: Study) -> dict:
-    """A record of this study. Raises ValueError, naming the file, if it is another's or no record at all."""
+def read(path: Path) -> dict:
+    """What a record's file holds. Raises ValueError, naming the file, if it is not JSON of an object."""
     try:
         record = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--plot {path}: cannot be read as JSON ({error})") from error
-    found = record.get("study") if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else {}
+
+
+def name_of(path: Path) -> str | None:
+    """The name of the study whose record this is; None if it is no record. Raises ValueError as `read` does."""
+    return read(path).get("study")
+
+
+def load(path: Path, study: Study) -> dict:
+    """A record of this study. Raises ValueError, naming the file, if it is another's or no record at all."""
+    record = read(path)
+    found = record.get("study")
     if found != study.name or record.get("schema") != SCHEMA:
         raise ValueError(f"--plot {path}: holds study {found!r}, this draws {study.name!r} of schema {SCHEMA}")
     return record

@@ -5,9 +5,9 @@
 
 A MoE layer's time is read from a results file of the ladder (plots/<gpu>_<config>.json, or --times FILE); in training
 it is the row of the forward that trains, and its backward is as much longer as labs/backward_benchmark.py found the
-experts' to be. Everything else is an assumption with a name, a value that is printed and an option that sets it. No
-result may need more FLOP/s than the GPUs have: such a one is refused, with the factor by which it is above, and --claim
-holds a claim of tokens a day to the same. Needs no GPU.
+experts' to be. Datasheets and model cards say what hardware and model are. Everything else is an assumption with a
+name, a value that is printed and an option that sets it. No result may need more FLOP/s than the GPUs have: such a one
+is refused, with the factor by which it is above, and --claim holds a claim of tokens a day to the same. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -92,6 +92,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                              "FLOPs); of other work it is 2")
     parser.add_argument("--other-efficiency", type=float, default=0.5,
                         help="share of the peak that attention and other work reach (default: 0.5)")
+    parser.add_argument("--layers", type=int, help="layers with experts (default: the model's); those without stay")
     parser.add_argument("--sequence", type=int, default=4096, help="tokens that attend to each other (default: 4096)")
     parser.add_argument("--doubling-efficiency", type=float, default=0.95,
                         help="speed kept a GPU when their number doubles (default: 0.95)")
@@ -101,9 +102,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError, naming the argument, for what cannot be."""
-    for name, least in (("num_gpus", 1), ("sequence", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    for name in ("num_gpus", "sequence", "layers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
     for name in ("other_efficiency", "doubling_efficiency"):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0 and at most 1")
@@ -175,6 +177,24 @@ def backward_time(args: argparse.Namespace, measured: dict) -> dict:
             "source": f"{BACKWARD_TIMES.relative_to(ROOT)}, the experts at {found['shape']['T']:,} tokens"}
 
 
+def model_of(args: argparse.Namespace) -> Model:
+    """The model, with as many layers with experts as were asked for. Its parameters outside the routed experts are
+    taken to lie evenly over all layers."""
+    model, cfg = MODELS[args.config], preset(args.config)
+    if args.layers is None:
+        return model
+    layers = model.layers - model.moe_layers + args.layers
+    expert = 3e-9 * cfg.D * cfg.F
+
+    def billions(whole: float, experts: int) -> float:
+        routed = experts * expert
+        return (whole - routed * model.moe_layers) * layers / model.layers + routed * args.layers
+
+    return replace(model, layers=layers, moe_layers=args.layers, source=f"{model.source}; layers by --layers",
+                   total_billions=billions(model.total_billions, cfg.E),
+                   active_billions=billions(model.active_billions, cfg.K))
+
+
 # ---- what follows --------------------------------------------------------------------------------
 
 def flops_a_token(model: Model, cfg: MoEConfig, sequence: int) -> dict[str, float]:
@@ -194,7 +214,7 @@ def scaled_layer_ms(measured: dict, hardware: Hardware, measured_on: Hardware | 
 
 def estimate(args: argparse.Namespace, measured: dict, backward: float) -> dict:
     """Tokens a second, a day, days and dollars for a trillion tokens, for 1 to 1024 GPUs and for those asked."""
-    model, cfg, hardware = MODELS[args.config], preset(args.config), HARDWARE[args.hardware]
+    model, cfg, hardware = model_of(args), preset(args.config), HARDWARE[args.hardware]
     name = str((measured["environment"] or {}).get("gpu", "")).lower()
     measured_on = next((one for key, one in HARDWARE.items() if key in name), None)
     layer_ms = scaled_layer_ms(measured, hardware, measured_on)
@@ -249,14 +269,15 @@ def measure(options: Options) -> dict:
         refuse_above_peak(share, f"the claim of {args.claim:.3g} tokens a day ({args.mode}, {args.config})",
                           args.num_gpus, args.hardware)
         found["claim"] = {"tokens_per_day": args.claim, "share_of_peak": share}
-    hardware, model = HARDWARE[args.hardware], MODELS[args.config]
+    hardware, model = HARDWARE[args.hardware], model_of(args)
     assumptions = [
         ["--times, --level", f"{measured['source']}, level {measured['level']}: {number(measured['ms'])} ms for "
                              f"{measured['tokens']:,} tokens"],
         ["--hardware", f"{args.hardware}: {hardware.tflops:g} TFLOP/s dense bf16, {hardware.tbps:g} TB/s, "
                        f"{hardware.gigabytes} GB (datasheet); the layer takes {number(found['layer_ms'])} ms on it"],
-        ["--config", f"{args.config}: {model.layers} layers, {model.moe_layers} with experts, "
-                     f"{model.active_billions:g}B of {model.total_billions:g}B parameters active ({model.source})"],
+        ["--config, --layers", f"{args.config}: {model.layers} layers, {model.moe_layers} with experts, "
+                               f"{number(model.active_billions)}B of {number(model.total_billions)}B parameters active "
+                               f"({model.source})"],
         ["--mode", args.mode],
         ["--backward", f"{number(backward['times'])} times the forward ({backward['source']})"
                        if args.mode == "training" else "not run"],

@@ -287,9 +287,9 @@ def draw_quality(trained: dict, under: str) -> Figure:
         right.plot([place - 0.25, place + 0.25], [statistics.fmean(at[-1])] * 2, lw=4, color=color)
     middle.axhline(0, color="black", lw=2)
     left.set(xlabel="step", ylabel="held-out loss, nats a byte", title="Loss (median of seeds)")
-    middle.set(xlabel="step", title="Loss less exact top-k's, same seed")
+    middle.set(xlabel="step", ylabel="nats a byte", title="Loss less exact top-k's, same seed")
     right.set_xticks(range(len(trained["modes"])), list(trained["modes"]), fontsize=14)
-    right.set(title="At the end: seeds, mean")
+    right.set(ylabel="held-out loss, nats a byte", title="At the end: seeds, mean")
     left.legend()
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
