@@ -124,15 +124,18 @@ def check_training(subject: Subject, x_TD: torch.Tensor, grad_TD: torch.Tensor, 
     return errors
 
 
-def check_inference(subject: Subject, batches: list[tuple[torch.Tensor, Oracle]], workload: Workload
-                    ) -> dict[str, float]:
-    """The gate of the ladder, on two batches: a graph must answer routing that it was not captured with."""
-    found = None
+def check_inference(subject: Subject, batches: list[tuple[torch.Tensor, Oracle]], workload: Workload) -> dict:
+    """The gate of the ladder, on two batches: a graph must answer routing that it was not captured with. And the first
+    call's peak in MiB above weights, input and result, a graph's capture included."""
+    peak_mib = None
     for x_TD, expected in batches:
-        found = gate(subject.forward(x_TD), expected, workload)
+        with PeakMemory(x_TD.device) as peak:
+            peak.result = subject.forward(x_TD)
+        found = gate(peak.result, expected, workload)
         if not found.ok:
             raise Refused(f"{subject.step.name}: {found.reason}; a wrong row gets no time")
-    return {"output": found.rel_err}
+        peak_mib = peak_mib or (None if peak.bytes is None else peak.bytes / MIB)
+    return {"errors": {"output": found.rel_err}, "peak_mib": peak_mib}
 
 
 def measure(options: Options) -> dict:
@@ -169,7 +172,7 @@ def measure(options: Options) -> dict:
                 row["errors"] = check_training(subject, x_TD, grad_TD, error_bound(workload))
                 row |= weigh(subject, x_TD, grad_TD, T)
             else:
-                row["errors"] = check_inference(subject, batches, workload)
+                row |= check_inference(subject, batches, workload)
         except Unsupported as missing:
             row |= {"status": "unsupported", "reason": str(missing).partition(": ")[2].partition(";")[0]}
             continue
@@ -235,7 +238,7 @@ def table(figures: dict) -> list[Table | str]:
     mode, shape = figures["mode"], figures["shape"]
     training = mode == "train"
     headings = ["", "forward ms", *(["fwd + bwd ms"] if training else []), "tokens/s", "speedup", "worst error",
-                *(["kept MiB", "predicted", "peak MiB", "dropped", "added"] if training else []), "backend"]
+                *(["kept MiB", "predicted", "peak MiB", "dropped", "added"] if training else ["peak MiB"]), "backend"]
     first, rows = main_ms(figures["rows"][0], mode), []
     for row in figures["rows"]:
         ms = main_ms(row, mode)
@@ -249,6 +252,8 @@ def table(figures: dict) -> list[Table | str]:
         if training:
             cells += [number(row["kept_mib"]), number(row["predicted_kept_mib"]), number(row["peak_mib"]),
                       str(row["dropped"]), str(row["added"])]
+        else:
+            cells += [number(row.get("peak_mib"))]
         rows.append([*cells, row["backend"][0]])
     words = " ".join(f"{letter}={size}" for letter, size in shape.items())
     return [plain_table(f"{figures['config']}, {mode}: {words}, {figures['dtype']}", headings, rows)]

@@ -129,7 +129,8 @@ def measure_mode(mode: str, cfg: MoEConfig, T: int, weights: Weights, options: O
             rows[name] = {"status": "ok", "path": layer.backend.name}
             call = inference_call(layer, x_TD) if mode == "inference" else training_step(layer, x_TD, grad_TD)
             start = time.perf_counter()
-            result = call()
+            with PeakMemory(device) as memory:  # a graph's memory is taken here, when it is captured
+                memory.result = result = call()
             rows[name]["build_s"] = time.perf_counter() - start
             if mode == "inference":
                 found = gate(result, expected, workload)
@@ -144,7 +145,8 @@ def measure_mode(mode: str, cfg: MoEConfig, T: int, weights: Weights, options: O
                     rows[name]["gradient_against_twin"] = error
                     if not error <= 8 * torch.finfo(weights.dtype).eps + 1e-5:
                         raise RuntimeError(f"{cfg.name}, {name}: x's gradient is {error:.1e} away from {twin}'s")
-            rows[name]["peak_mib"] = peak_mib(call, layer, device)
+            built_mib = None if memory.bytes is None else memory.bytes / 2**20
+            rows[name]["peak_mib"] = built_mib if graph else peak_mib(call, layer, device)
             calls[name] = call
         except Unsupported as lack:
             rows[name] = {"status": f"n/a ({lack})"}
