@@ -163,9 +163,10 @@ def conclude(figures: dict) -> str:
     mine = sorted((run for run in runs if run["level"] == name), key=lambda run: run["T"])
     few, many = mine[0], mine[-1]
     share = by_kind(many)["expert GEMMs"] / many["busy_ms"]
-    said = (f"At {few['T']:,} tokens the GPU works in {percent(few['busy_ms'] / few['wall_ms']['p50'])} of {name}'s "
-            f"wall time; at {many['T']:,} the expert GEMMs take {percent(share)} of the busy time and the work around "
-            f"them {number(many['busy_ms'] * (1 - share))} ms")
+    busy = percent(few["busy_ms"] / few["wall_ms"]["p50"])
+    said = (f"At {few['T']:,} tokens kernels are at work for {busy} of {name}'s wall time; at {many['T']:,} the expert "
+            f"GEMMs take {percent(share)} of the busy time and the work around them "
+            f"{number(many['busy_ms'] * (1 - share))} ms")
     other = next((run for run in runs if run["level"] != name and run["T"] == many["T"]), None)
     if other is None:
         return said + "."
