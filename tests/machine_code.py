@@ -107,7 +107,7 @@ def _serve() -> None:
         error = ""
         try:
             _compile_missing([Request(**fields) for fields in json.loads(line)])
-        except Exception:
+        except Exception:  # whatever it is: compile_all raises it where it was asked for
             error = traceback.format_exc()
         print(json.dumps(error), file=answers, flush=True)
 

@@ -13,7 +13,8 @@ by 256, 208 KB. The 256 columns stay for the whole run if 4 stages hold all thei
     wait empty[s] before either ring              wgmma 64x256x64, one left in flight
     sorted operand by TMA, 1 arrival on full[s];  arrive empty[s - 1]: 2 arrivals; of the 256 columns only where the
     gathered by cp.async, 128 arrivals            run ends, if they stay
-                                                  after the last step: 16-byte stores from registers
+                                                  after the last step: stores from registers, 16 bytes a thread;
+                                                  8, read before, where a float32 buffer is added to
 
 Rows past an expert's end are zeros in the gathered operand, the next experts' in the sorted one. An expert without
 rows has one step of these, and gets zeros.
@@ -246,7 +247,7 @@ def consume(out_ptr, G8, S8, offsets_ptr, walk, rings, WG: gl.constexpr, WIDE: g
         after = find_run(offsets_ptr, run + grid, walk, WIDE)
         steps = steps_of(first, end)
         matrix = out_ptr + expert.to(gl.int64) * rows * width  # E * G * S passes 2**31 at real sizes
-        m = m_first + 0
+        m = m_first
         while m < m_end:
             release = (m == m_end - 1) | (steps > _WIDE_STAGES)
             acc, narrow_stage, narrow_phase, stage_after, phase_after = multiply(

@@ -20,8 +20,8 @@ from labs.kernels.rounding import Plan, Rounded, combine_rounded
 
 
 def sort_rows_plainly(expert_ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What sort_rows gives, by PyTorch operations: for tensors on a CPU, where its kernels could only be interpreted,
-    and where there is a GPU beside it not even that."""
+    """What sort_rows gives of (T, K) integers, by PyTorch operations: offsets (E + 1,), token of row (R,), row of slot
+    (T, K), int32. For tensors on a CPU, where its kernels could only be interpreted, and beside a GPU not even that."""
     ids_R, slot_of_row_R = expert_ids_TK.flatten().sort(stable=True)
     offsets_E1 = torch.searchsorted(ids_R, torch.arange(E + 1, device=ids_R.device, dtype=ids_R.dtype), out_int32=True)
     row_of_slot_R = torch.empty_like(slot_of_row_R, dtype=torch.int32)
