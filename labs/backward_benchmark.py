@@ -1,6 +1,6 @@
 """Experts forward and backward, measured: our kernels against torch.nn.functional.grouped_mm with eager PyTorch around.
 
-    python labs/backward_benchmark.py                         the five shapes of the recorded table
+    python labs/backward_benchmark.py                         every preset but tiny, at the recorded table's tokens
     python labs/backward_benchmark.py --configs qwen3-30b-a3b --tokens 16384
     python labs/backward_benchmark.py --plot plots/training/h200_backward.json
 
@@ -51,7 +51,8 @@ from labs.studies.study import (
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 
-SHAPES = {"mixtral-8x7b": 8192, "qwen3-30b-a3b": 16384, "olmoe-1b-7b": 16384, "deepseek-v3": 4096, "sonic-30b": 32768}
+SHAPES = {"mixtral-8x7b": 8192, "qwen3-30b-a3b": 16384, "olmoe-1b-7b": 16384, "deepseek-v3": 4096, "sonic-30b": 32768,
+          "sonic-7b": 24576, "seed": 8192}
 OURS, CHECKPOINTED = "our kernels", "checkpointed"
 BASELINES = ("grouped_mm, float32 sum", "grouped_mm, bmm sum")
 PAPER_SAVED = 0.45  # SonicMoE (arXiv 2512.14080), abstract: activation memory saved on its fine-grained 7B MoE
