@@ -42,11 +42,10 @@ def test_machine_code_is_as_planned(wide, accumulate):
     assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
     assert found.count("UTMALDG") > 0, "sorted rows by TMA"
     assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == 4 * (4 if wide else 2), "a step's gathered rows"
+    assert found.count("ARRIVES") == 1 + wide, "all the producer's threads arrive, also where TMA fills the narrow ring"
     assert found.count("STG") == found.count(r"STG\.E\.64" if accumulate else r"STG\.E\.128") > 0, "no narrower stores"
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
     assert found.count(r"REDG?\.|ATOMG?\.") == 0, "no atomics: bitwise repeatable"
-    # 26 under Triton 3.7.1, more under 3.6. With fewer see that the producer's loop has its own: weight_gemm.py.
-    assert found.count(r"BAR\.SYNC") >= 26
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     rings = weight_gemm.ROWS * (weight_gemm.NARROW_STAGES * 128 + weight_gemm.WIDE_STAGES * 256) * 2
     assert rings < found.shared_bytes <= rings + 1024 <= 227 * 1024

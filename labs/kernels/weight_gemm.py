@@ -19,9 +19,9 @@ by 256, 208 KB. The 256 columns stay for the whole run if 4 stages hold all thei
 Rows past an expert's end are zeros in the gathered operand, the next experts' in the sorted one. An expert without
 rows has one step of these, and gets zeros.
 
-Where the sorted operand is the narrow one, three of the producer's warps arrive nowhere in a step that loads no wide
-stage. They must not fall behind the fourth, or they would take a barrier's phase for the one after the next: what keeps
-them in step is the barrier that Triton sets before each TMA.
+All 128 threads arrive on the narrow ring's full[s] in every step, also where TMA fills it (128 + 1 arrivals): so none
+falls a round behind, where it would take a phase of empty[s] for the one after the next. The wide ring needs no such
+arrivals, as its stages are multiplied with the same step's narrow one.
 
     index array     shape     from -> to
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
@@ -159,7 +159,7 @@ def produce(gathered_ptr, token_of_row_ptr, G8, sorted_desc, offsets_ptr, walk, 
                         async_copy.async_copy_global_to_shared(
                             narrow.index(narrow_stage * _WARPGROUPS + wg), source + column[None, :],
                             (token >= 0)[:, None] & (column < G)[None, :])
-                    async_copy.mbarrier_arrive(bar, increment_count=False)
+                async_copy.mbarrier_arrive(bar, increment_count=False)  # if WIDE too: no thread a round behind
                 narrow_stage, narrow_phase = next_stage(narrow_stage, narrow_phase, _NARROW_STAGES)
                 token = next_token
         first, end, m_first, m_end, n = first_after, end_after, m_first_after, m_end_after, n_after
@@ -287,7 +287,7 @@ def weight_gemm_kernel(
     walk = E * runs, runs, narrow_tiles, wide_tiles, length
     narrow = gl.allocate_shared_memory(gl.bfloat16, [_NARROW_STAGES * _WARPGROUPS, _ROWS, _M_HALF], _SWIZZLED)
     wide = gl.allocate_shared_memory(gl.bfloat16, [_WIDE_STAGES, _ROWS, _BLOCK_N], _SWIZZLED)
-    narrow_full = open_barriers(_NARROW_STAGES, 1 if WIDE else 128)
+    narrow_full = open_barriers(_NARROW_STAGES, 128 + 1 if WIDE else 128)
     narrow_empty = open_barriers(_NARROW_STAGES, _WARPGROUPS)
     wide_full = open_barriers(_WIDE_STAGES, 128 if WIDE else 1)
     wide_empty = open_barriers(_WIDE_STAGES, _WARPGROUPS)
