@@ -235,9 +235,6 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
                         ax.bar(at, row[key], 0.19, color=color, gid=f"{mode} {variant} {size['preset']}")
                         ax.text(at, row[key], f" {number(row[key])}", ha="center", va="bottom", fontsize=14,
                                 rotation=90)
-                    elif row["status"] == "ok" and key == "peak_mib":
-                        ax.text(at, 0.01, "0: its memory is the graph's", ha="center", va="bottom", fontsize=13,
-                                rotation=90, transform=ax.get_xaxis_transform())
                     elif row["status"] != "ok":
                         ax.text(at, 0.01, row["status"].partition(" (")[0], ha="center", va="bottom", fontsize=13,
                                 rotation=90, transform=ax.get_xaxis_transform())
