@@ -244,16 +244,56 @@ def test_rounding_fills_every_tile(ran):
         assert point["modes"]["up"]["dropped"] == point["modes"]["exact"]["dropped"] == 0
 
 
-def turning(gains: list[float]) -> str:
-    return what_does_not_help.turning_size([{"size": 10**i, "gain": gain} for i, gain in enumerate(gains)])
+def points(*gains: float) -> list[dict]:
+    """At the sizes 1, 10, 100 and so on, and nothing else than two ways timed."""
+    return [{"size": 10**i, "gain": gain, "ms": {"plain": {}, "idea": {}}} for i, gain in enumerate(gains)]
 
 
-def test_turning_size():
-    assert turning([0.5, 0.8, 1.2]) == "gains above a size between 10 and 100"
-    assert turning([1.5, 0.8]) == "gains below a size between 1 and 10"
-    assert turning([0.5, 0.9, 0.7]).startswith("nowhere measured; nearest at 10, 0.900")
-    assert turning([1.5, 1.2]) == "gains everywhere measured, least at 10"
-    assert turning([1.5, 1.001]) == "gains, but is even at 10"
+def test_where_an_idea_is_no_slower():
+    where = what_does_not_help.where
+    assert where(points(0.5, 0.8, 1.2)) == "no slower from 100 on"
+    assert where(points(1.5, 0.8)) == "no slower up to 1"
+    assert where(points(0.5, 0.98, 1.1, 0.7)) == "no slower from 10 to 100"
+    assert where(points(1.5, 0.7, 1.1)) == "no slower up to 1, from 100 on"
+    assert where(points(1.5, 0.99)) == "no slower from 1 to 10"
+    assert where(points(0.5, 0.9, 0.7)) == "slower from 1 to 100"
+
+
+def test_a_turn_is_told_with_the_gains_around_it():
+    told = what_does_not_help.gains_there
+    assert told(points(0.4, 0.5, 1.2, 1.3)) == "0.500x at 10, 1.20x at 100"
+    assert told(points(0.5, 0.9, 0.7)) == "0.500x at 1, 0.900x at 10, 0.700x at 100"
+    assert told(points(1.2, 1.1)) == "1.20x at 1, 1.10x at 10"
+
+
+def test_what_was_not_measured_is_called_extrapolated():
+    """Time ratios on a line, so that the fit is exact: the size where it crosses is known."""
+    beyond, even = what_does_not_help.beyond, 1 / (1 - what_does_not_help.SLACK)
+    upwards = points(*(1 / (even + 5 * (1 / size - 1 / 1000)) for size in (1, 10, 100)))
+    assert beyond(upwards, None) == "; extrapolated from the nearest 3, not measured: no slower from about 1,000 on"
+    assert beyond(upwards, 500).endswith("so nowhere beyond"), "1000 is no size where 500 is the largest"
+    assert beyond(upwards, 100) == ", where sizes end"
+    assert beyond(points(*(1 / (1.25 + 5 / size) for size in (1, 10, 100))), None) == (
+        "; a line through the nearest 3 ends at 0.800x, so nowhere beyond")
+
+    downwards = [point | {"size": 10 * point["size"]} for point in
+                 points(*(1 / (even + 0.1 * (size - 4)) for size in (10, 100, 1000)))]
+    assert beyond(downwards, None) == "; extrapolated from the nearest 3, not measured: no slower up to about 4.00"
+    assert beyond(points(0.9, 0.5), None) == ", where sizes end", "no size is below 1"
+    assert beyond(points(0.5, 0.9, 0.7), None) == "", "the best is inside"
+    assert beyond(points(0.5, 0.9, 1.1), None) == "", "it turns where it was measured"
+
+
+def test_a_wrong_padding_is_not_timed(monkeypatch):
+    """Planted fault: where there is padding, rows go to each other's places."""
+    def faulty(x_TD: torch.Tensor, place_TK: torch.Tensor, rows: torch.Tensor) -> None:
+        spread(x_TD, place_TK.flip(0).contiguous() if rows.shape[0] > place_TK.numel() else place_TK, rows)
+
+    spread = what_does_not_help.spread_rows
+    monkeypatch.setattr(what_does_not_help, "spread_rows", faulty)
+    with pytest.raises(RuntimeError, match=r"idea at size 2: relative error .* is over"):
+        what_does_not_help.padded_bmm(study.Options(torch.device(DEVICE), False, lambda text: None,
+                                                    argparse.Namespace()))
 
 
 def test_a_gain_is_told_with_what_gains_more():

@@ -2,10 +2,20 @@
 
     python labs/studies/what_does_not_help.py
 
-Five ideas, each against the plain way in the same rounds, over a range of sizes: FP8 conversion on the fly, a stream
-per expert, torch.compile over a Python loop of experts, atomics in the epilogue, a capacity-padded bmm. Below 1 the
-idea loses. The reason is read from a profile of both at the middle size, and the size where the idea turns to a gain
-from the measured points around it.
+Five ideas, each against the plain way in the same rounds, over the sizes along which it might turn to a gain:
+
+    FP8 on the fly          rows of the expert: the weights are converted once a call, however many rows they serve
+    a stream per expert     rows per expert: kernels must outlast the launches that the streams cost
+    torch.compile, a loop   rows per expert: against the eager loop, and against grouped_mm, which has no loop
+    atomics                 top-k: the more rows a token sums, the less there is to zero and to cast
+                            tokens: where they are few, reading the weights takes the time
+                            expert width: of a deeper product the epilogue is a smaller part
+    a padded bmm            the fullest expert's rows over the mean: padding is multiplied too
+                            rows per expert, routed at random: where they are few, reading the weights takes the time;
+                            where they are many, the load evens out
+
+Below 1 the idea loses. The reason is read from a profile of both at the middle size; where the idea is no slower is
+read from the measured points, and where it is so nowhere, a fit of the nearest points says what lies beyond.
 """
 
 from __future__ import annotations
@@ -13,9 +23,10 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import cycle, groupby, pairwise
 from pathlib import Path
+from statistics import linear_regression
 from textwrap import wrap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -25,13 +36,15 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch.nn.functional import grouped_mm, silu
 
-from common.config import dtype_name
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
 from common.measure import WallClock, count_host_syncs, profile_call, relative_error
 from common.show import number, percent
 from labs.kernels.combine import combine
-from labs.kernels.routing import new_arrivals, route, sm_count
-from labs.studies.study import COLORS, Options, Study, figure, main, plain_table, time_together
+from labs.kernels.routing import sm_count
+from labs.kernels.tiles import spread_rows
+from labs.moe_layer.rows import sort_rows_plainly
+from labs.studies.grouped_gemm import apportion
+from labs.studies.study import COLORS, GpuClock, Options, Study, figure, main, plain_table, time_together
 
 import triton
 import triton.language as tl
@@ -39,6 +52,8 @@ import triton.language as tl
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 
 SLACK = 0.03  # differences below this are called even
+MOST_IN_A_ROW = 5  # panels
+NEAREST = 3  # points that a fit of what lies beyond the measured sizes rests on
 
 
 # ---- FP8 on the fly ------------------------------------------------------------------------------
@@ -49,12 +64,12 @@ def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scale.to(x.dtype)).to(torch.float8_e4m3fn), scale
 
 
-def fp8_on_the_fly(options: Options) -> dict:
+def fp8_on_the_fly(options: Options) -> list[dict]:
     """One large expert's gate and up: a bf16 matmul, against converting both sides and a scaled FP8 one. By rows."""
     if options.device.type != "cuda" or torch.cuda.get_device_capability() < (8, 9):
         raise Unsupported("needs CUDA with FP8, sm_89 on")
     D, N = (4096, 28672) if options.full else (256, 256)  # mixtral-8x7b's gate and up
-    sizes = (64, 256, 1024, 4096, 16384) if options.full else (64, 256)
+    sizes = (64, 256, 1024, 4096, 8192, 16384) if options.full else (64, 256)
     w_ND = torch.randn(N, D, device=options.device).mul_(D ** -0.5).to(torch.bfloat16)
     kept, kept_scale = to_fp8(w_ND)
     cases = []
@@ -72,7 +87,7 @@ def fp8_on_the_fly(options: Options) -> dict:
         ref = x_MD.double() @ w_ND.double().T
         cases.append(Case(rows, {"plain": lambda x=x_MD: x @ w_ND.T, "idea": on_the_fly, "weights in FP8": prepared},
                           {"plain": 1e-2, "idea": 6e-2, "weights in FP8": 6e-2}, ref))
-    return compare(options, "FP8 on the fly", "rows of the expert", "bf16 matmul", cases)
+    return [compare(options, "FP8 on the fly", "rows of the expert", "bf16 matmul", cases)]
 
 
 # ---- a stream per expert -------------------------------------------------------------------------
@@ -100,14 +115,14 @@ def reference(x_END: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.T
                         for x, w, v in zip(x_END, gate_up_E2FD, down_EDF, strict=True)])
 
 
-def stream_per_expert(options: Options) -> dict:
+def stream_per_expert(options: Options) -> list[dict]:
     """A loop over experts on one stream, against the same loop with every expert on its own. By rows an expert."""
     if options.device.type != "cuda":
         raise Unsupported("needs CUDA")
     E, D, F = (16, 2048, 1024) if options.full else (4, 128, 64)
     streams = [torch.cuda.Stream() for _ in range(E)]
     cases = []
-    for rows in (16, 64, 256, 1024, 4096) if options.full else (16, 32):
+    for rows in (16, 64, 256, 1024, 2048, 4096) if options.full else (16, 32):
         x_END, gate_up, down = expert_inputs(options, E, D, F, rows)
 
         def loop(x=x_END, w=gate_up, v=down) -> torch.Tensor:
@@ -125,13 +140,14 @@ def stream_per_expert(options: Options) -> dict:
 
         cases.append(Case(rows, {"plain": loop, "idea": streamed}, {"plain": 1e-2, "idea": 1e-2},
                           reference(x_END, gate_up, down)))
-    return compare(options, "a stream per expert", "rows per expert", "one stream", cases)
+    return [compare(options, "a stream per expert", "rows per expert", "one stream", cases)]
 
 
 # ---- torch.compile over a loop -------------------------------------------------------------------
 
-def compiled_loop(options: Options) -> dict:
-    """A Python loop over experts whose row counts change every call, eager against compiled. By rows an expert.
+def compiled_loop(options: Options) -> list[dict]:
+    """A Python loop over experts whose row counts change every call: compiled against eager, and compiled against
+    grouped_mm without a loop. By rows an expert.
 
     On a CPU the compiler's back end is left out (`eager`): what is counted there is breaks and recompilations.
     """
@@ -144,14 +160,20 @@ def compiled_loop(options: Options) -> dict:
             row += count
         return torch.cat(out)
 
+    def grouped(x_RD: torch.Tensor, counts_E: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ends_E = counts_E.cumsum(0).int()
+        gate, up = grouped_mm(x_RD, w.transpose(1, 2), offs=ends_E).chunk(2, dim=1)
+        return grouped_mm(silu(gate) * up, v.transpose(1, 2), offs=ends_E)
+
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     spent_s = 0.0
     compiled = torch.compile(loop, backend="inductor" if options.device.type == "cuda" else "eager")
-    cases = []
+    plain_ways: dict[str, Callable] = {"eager loop": loop, "grouped_mm": grouped}
+    cases: dict[str, list[Case]] = {name: [] for name in plain_ways}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own, about breaks and its limit of recompilations
-        for rows in (64, 512, 4096) if options.full else (8, 16):
+        for rows in (64, 512, 4096, 16384) if options.full else (8, 16):
             x_END, w, v = expert_inputs(options, E, D, F, rows)
             x_RD = x_END.flatten(0, 1)
             generator = torch.Generator().manual_seed(rows)
@@ -161,31 +183,25 @@ def compiled_loop(options: Options) -> dict:
             for counts_E in routings[:3]:  # meets the sizes it will meet
                 compiled(x_RD, counts_E, w, v)
             spent_s += time.perf_counter() - start
-            turns = {"plain": 0, "idea": 0, "grouped_mm": 0}
 
-            def call(name: str, function: Callable, routings=routings, turns=turns, x=x_RD, w=w, v=v) -> torch.Tensor:
-                turns[name] += 1
-                return function(x, routings[turns[name] % len(routings)], w, v)
+            def in_turn(function: Callable, routings=routings, x=x_RD, w=w, v=v) -> Callable[[], torch.Tensor]:
+                """`function` with the next routing at every call, from the first on."""
+                counts = cycle(routings)
+                return lambda: function(x, next(counts), w, v)
 
-            def grouped(x_RD: torch.Tensor, counts_E: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-                ends_E = counts_E.cumsum(0).int()
-                gate, up = grouped_mm(x_RD, w.transpose(1, 2), offs=ends_E).chunk(2, dim=1)
-                return grouped_mm(silu(gate) * up, v.transpose(1, 2), offs=ends_E)
-
-            bounds = torch.cat([routings[1].new_zeros(1), routings[1].cumsum(0)]).tolist()
+            bounds = torch.cat([routings[0].new_zeros(1), routings[0].cumsum(0)]).tolist()
             ref = torch.cat([ffn(x_RD[bounds[e]:bounds[e + 1]].double(), w[e].double(), v[e].double())
                              for e in range(E)])
-            cases.append(Case(rows, {"plain": lambda call=call: call("plain", loop),
-                                     "idea": lambda call=call: call("idea", compiled),
-                                     "grouped_mm": lambda call=call, grouped=grouped: call("grouped_mm", grouped)},
-                              {"plain": 1e-2, "idea": 1e-2, "grouped_mm": 1e-2}, ref))
-        found = compare(options, "torch.compile over a loop of experts", "rows per expert", "eager loop", cases)
+            for name, plain in plain_ways.items():
+                cases[name].append(Case(rows, {"plain": in_turn(plain), "idea": in_turn(compiled)},
+                                        {"plain": 1e-2, "idea": 1e-2}, ref))
+        found = [compare(options, "a loop of experts under torch.compile", "rows per expert", name, its_cases)
+                 for name, its_cases in cases.items()]
     counters = torch._dynamo.utils.counters
     breaks = sum(counters["graph_break"].values())
-    best = max(point["ms"]["idea"]["p50"] / point["ms"]["grouped_mm"]["p50"] for point in found["points"])
-    found["reason"] += (f"; {breaks} graph breaks and {counters['stats']['unique_graphs']} graphs, {number(spent_s)} s "
-                        f"of compiling and first calls, for {E} experts and {len(cases)} sizes; grouped_mm without a "
-                        f"loop is up to {number(best)} times as fast as the compiled loop")
+    found[0]["reason"] += (f"; {breaks} graph breaks and {counters['stats']['unique_graphs']} graphs, "
+                           f"{number(spent_s)} s of compiling and first calls, for {E} experts and "
+                           f"{len(cases['eager loop'])} sizes")
     return found
 
 
@@ -238,10 +254,11 @@ def scatter_down_kernel(
                      accumulator.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def atomics_in_the_epilogue(options: Options) -> dict:
-    """down, then gather-and-sum, against down that adds into the output with float atomics. By top-k, rows fixed."""
+def scatter_case(options: Options, size: float, T: int, K: int, F: int) -> tuple[Case, float]:
+    """T tokens' T*K rows, routed at random, through down: then gather-and-sum, against adding into the output with
+    float atomics. And the share of the output's values in which two runs of the latter differ before rounding."""
     on_gpu, device = options.device.type == "cuda", options.device
-    E, D, F, R = (64, 2048, 1024, 65536) if options.full else (4, 32, 16, 32)
+    E, D = (64, 2048) if options.full else (4, 16)
     block = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3) if options.full else dict(
         BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_warps=4, num_stages=1)
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -249,107 +266,149 @@ def atomics_in_the_epilogue(options: Options) -> dict:
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, device=device)
 
-    hidden_RF, down_EDF, router_ED = draw(R, F), draw(E, D, F) * F ** -0.5, draw(E, D) * D ** -0.5
-    cases, differing = [], []
-    for K in (1, 2, 4, 8) if options.full else (1, 2):
-        T = R // K
-        routed = route(draw(T, D), router_ED, K, new_arrivals(device), 16)
-        score_R = torch.empty(R, device=device).scatter_(0, routed.row_of_slot_TK.flatten().long(),
-                                                         routed.scores_TK.flatten())
-        common = (routed.token_of_row_R, score_R, routed.offsets_E1, E, D, F)
-        y_RD = torch.empty(R, D, dtype=dtype, device=device)
+    hidden_RF, down_EDF = draw(T * K, F).to(dtype), (draw(E, D, F) * F ** -0.5).to(dtype)
+    scores_TK, ids_TK = draw(T, E).softmax(dim=1).topk(K)
+    offsets_E1, token_of_row_R, row_of_slot_TK = sort_rows_plainly(ids_TK, E)
+    score_R = torch.empty_like(scores_TK).flatten()
+    score_R[row_of_slot_TK.flatten()] = scores_TK.flatten()
+    y_RD = torch.empty(T * K, D, dtype=dtype, device=device)
 
-        def launch(out: torch.Tensor, atomic: bool, common=common) -> None:
-            scatter_down_kernel[(programs,)](hidden_RF, down_EDF, out, *common, E_POW2=triton.next_power_of_2(E),
-                                             ATOMIC=atomic, **block)
+    def launch(out: torch.Tensor, atomic: bool) -> None:
+        scatter_down_kernel[(programs,)](hidden_RF, down_EDF, out, token_of_row_R, score_R, offsets_E1, E, D, F,
+                                         E_POW2=triton.next_power_of_2(E), ATOMIC=atomic, **block)
 
-        def plain(launch=launch, y=y_RD, routed=routed) -> torch.Tensor:
-            launch(y, False)
-            return combine(y, routed.row_of_slot_TK, routed.scores_TK)
+    def plain() -> torch.Tensor:
+        launch(y_RD, False)
+        return combine(y_RD, row_of_slot_TK, scores_TK)
 
-        def atomic_sum(launch=launch, T=T) -> torch.Tensor:
-            out = torch.zeros(T, D, dtype=torch.float32, device=device)
-            launch(out, True)
-            return out
+    def atomic_sum() -> torch.Tensor:
+        out = torch.zeros(T, D, dtype=torch.float32, device=device)
+        launch(out, True)
+        return out
 
-        def atomic(atomic_sum=atomic_sum) -> torch.Tensor:
-            return atomic_sum().to(dtype)
+    def atomic() -> torch.Tensor:
+        return atomic_sum().to(dtype)
 
-        ref = torch.zeros(T, D, dtype=torch.float64, device=device)
-        bounds = routed.offsets_E1.tolist()
-        for e in range(E):
-            span = slice(bounds[e], bounds[e + 1])
-            y = hidden_RF[span].double() @ down_EDF[e].double().T
-            ref.index_add_(0, routed.token_of_row_R[span].long(), y * score_R[span, None])
-        differing.append((atomic_sum() != atomic_sum()).double().mean().item())
-        cases.append(Case(K, {"plain": plain, "idea": atomic}, {"plain": 1e-2, "idea": 1e-2}, ref))
-    found = compare(options, "atomics in the epilogue", "top-k (rows fixed)", "gather-and-sum", cases)
-    found["reason"] += (f"; before rounding to {dtype_name(dtype)}, two runs of it differ in up to "
-                        f"{percent(max(differing))} of the values")
+    ref = torch.zeros(T, D, dtype=torch.float64, device=device)
+    for e, (start, end) in enumerate(pairwise(offsets_E1.tolist())):
+        y = hidden_RF[start:end].double() @ down_EDF[e].double().T
+        ref.index_add_(0, token_of_row_R[start:end], y * score_R[start:end, None])
+    case = Case(size, {"plain": plain, "idea": atomic}, {"plain": 1e-2, "idea": 1e-2}, ref)
+    return case, (atomic_sum() != atomic_sum()).double().mean().item()
+
+
+def atomics_in_the_epilogue(options: Options) -> list[dict]:
+    """down, then gather-and-sum, against down that adds into the output with float atomics: by top-k to all experts,
+    by tokens, by the experts' width."""
+    if options.full:
+        R, K, F, most_K = 65536, 8, 1024, 64
+        top_k, tokens, widths = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64, 256, 1024, 4096), (256, 1024, 4096, 16384)
+    else:
+        R, K, F, most_K = 8, 2, 16, 4
+        top_k, tokens, widths = (1, 2), (1, 2), (16, 32)
+    sweeps = (
+        ("top-k, rows fixed", most_K, [(k, R // k, k, F) for k in top_k]),
+        (f"tokens, top-{K}", None, [(T, T, K, F) for T in tokens]),
+        ("expert width, rows fixed", None, [(width, R // K, K, width) for width in widths]),
+    )
+    found = []
+    for axis, most, sizes in sweeps:
+        cases, differing = zip(*(scatter_case(options, *one) for one in sizes), strict=True)
+        one = compare(options, "atomics in the epilogue", axis, "gather-and-sum", cases, GpuClock, most)
+        one["reason"] += f"; before rounding, two runs of it differ in up to {percent(max(differing))} of the values"
+        found.append(one)
     return found
 
 
 # ---- capacity-padded bmm -------------------------------------------------------------------------
 
-def padded_bmm(options: Options) -> dict:
-    """grouped_mm on sorted rows, against bmm on experts padded to the fullest one. By Zipf exponent of the load."""
-    from labs.studies.grouped_gemm import zipf_counts
+def padded_case(options: Options, size: float, ids_TK: torch.Tensor, w_END: torch.Tensor) -> Case:
+    """Tokens' rows copied to where their experts (T, K) find them, and multiplied: sorted rows and grouped_mm, against
+    every expert padded to the fullest one's rows and bmm. A combine reads as many rows of either, so it is left out."""
+    (T, K), (E, N, D) = ids_TK.shape, w_END.shape
+    x_TD = torch.randn(T, D, device=options.device).to(w_END.dtype)
+    offsets_E1, token_of_row_R, row_of_slot_TK = sort_rows_plainly(ids_TK, E)
+    rows_E = offsets_E1.diff()
+    most = int(rows_E.max())  # known for free here; a real layer waits for it, or fixes it and drops rows
+    place_TK = (row_of_slot_TK + ids_TK * most - offsets_E1[ids_TK]).int()
+    place_R = torch.empty_like(token_of_row_R)
+    place_R[row_of_slot_TK.flatten()] = place_TK.flatten()
+    rows_RD, padded_ECD = x_TD.new_empty(T * K, D), x_TD.new_zeros(E, most, D)
 
-    E, D, N, R = (64, 2048, 1536, 65536) if options.full else (4, 32, 16, 64)
+    def plain() -> torch.Tensor:
+        spread_rows(x_TD, row_of_slot_TK, rows_RD)
+        return grouped_mm(rows_RD, w_END.transpose(1, 2), offs=offsets_E1[1:])
+
+    def padded() -> torch.Tensor:
+        spread_rows(x_TD, place_TK, padded_ECD.view(E * most, D))
+        return torch.bmm(padded_ECD, w_END.transpose(1, 2))
+
+    ref = torch.cat([rows.double() @ w.double().T for rows, w in
+                     zip(x_TD[token_of_row_R].split(rows_E.tolist()), w_END, strict=True)])
+    return Case(size, {"plain": plain, "idea": padded}, {"plain": 1e-2, "idea": 1e-2}, ref,
+                {"idea": lambda y_ECN: y_ECN.view(E * most, N)[place_R]})
+
+
+def padded_bmm(options: Options) -> list[dict]:
+    """grouped_mm on sorted rows, against bmm on padded ones: by how full the fullest expert is, and by rows an expert
+    where tokens choose at random."""
+    E, K, D, N = (64, 8, 2048, 1536) if options.full else (4, 2, 32, 16)
+    R, factors, means = (65536, (1, 1.125, 1.25, 1.5, 2, 4), (1, 4, 16, 64, 256, 1024, 4096)) if options.full else (
+        16, (1, 2), (2, 8))
     w_END = expert_inputs(options, E, D, N // 2, 1)[1]
-    cases = []
-    for exponent in (0.0, 0.25, 0.5, 1.0) if options.full else (0.0, 1.0):
-        counts_E = zipf_counts(R, E, exponent)
-        x_RD = torch.randn(R, D, device=options.device).to(w_END.dtype)
-        ends_E = counts_E.cumsum(0).int().to(options.device)
-        most = int(counts_E.max())  # known for free here; a real layer waits for it, or fixes it and drops rows
-        expert_R = torch.repeat_interleave(torch.arange(E), counts_E)
-        place_R = (expert_R * most + torch.arange(R) - (counts_E.cumsum(0) - counts_E)[expert_R]).to(options.device)
+    generator = torch.Generator().manual_seed(0)
 
-        def plain(x=x_RD, ends=ends_E) -> torch.Tensor:
-            return grouped_mm(x, w_END.transpose(1, 2), offs=ends)
+    def one_fuller(factor: float) -> torch.Tensor:
+        """(T, K): one expert has `factor` times the mean of rows, the others share what is left."""
+        shares_E = torch.tensor([factor] + [(E - factor) / (E - 1)] * (E - 1))
+        ids_R = torch.arange(E).repeat_interleave(apportion(R, shares_E))
+        return ids_R[torch.randperm(R, generator=generator)].view(R // K, K).to(options.device)
 
-        def padded(x=x_RD, place=place_R, most=most) -> torch.Tensor:
-            buffer = x.new_zeros(E * most, D)
-            buffer[place] = x
-            return torch.bmm(buffer.view(E, most, D), w_END.transpose(1, 2)).view(E * most, N)[place]
+    def at_random(mean: int) -> torch.Tensor:
+        """(T, K): every token's K different experts, `mean` rows an expert."""
+        return torch.rand(mean * E // K, E, generator=generator).topk(K).indices.to(options.device)
 
-        ref = torch.cat([rows.double() @ w.double().T for rows, w in
-                         zip(x_RD.split(counts_E.tolist()), w_END, strict=True)])
-        cases.append(Case(exponent, {"plain": plain, "idea": padded}, {"plain": 1e-2, "idea": 1e-2}, ref))
-    return compare(options, "a capacity-padded bmm", "Zipf exponent of the load", "grouped_mm", cases)
+    return [compare(options, "a capacity-padded bmm", axis, "grouped_mm",
+                    [padded_case(options, size, choose(size), w_END) for size in sizes], GpuClock)
+            for axis, choose, sizes in (("fullest expert's rows over mean", one_fuller, factors),
+                                        ("rows per expert, random routing", at_random, means))]
 
 
 # ---- the comparison ------------------------------------------------------------------------------
 
 class Case:
-    """One size: calls by name (`plain`, `idea`, and what else is shown), the error each may have, the answer."""
+    """One size: calls by name (`plain`, `idea`, and what else is shown), the error each may have, the answer, and what
+    brings an output that lies otherwise into the answer's order, for the check alone."""
 
     def __init__(self, size: float, calls: dict[str, Callable[[], torch.Tensor]], bounds: dict[str, float],
-                 ref: torch.Tensor):
+                 ref: torch.Tensor, in_order: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None):
         self.size, self.calls, self.errors = size, calls, {}
         for name, call in calls.items():
-            self.errors[name] = error = relative_error(call(), ref)
+            out = (in_order or {}).get(name, lambda out: out)(call())
+            self.errors[name] = error = relative_error(out, ref)
             if not error <= bounds[name]:
                 raise RuntimeError(f"{name} at size {size}: relative error {error:.2e} is over {bounds[name]:.0e}, "
                                    f"so it is not timed")
 
 
-def compare(options: Options, idea: str, axis: str, plain: str, cases: list[Case]) -> dict:
-    """Times of every case in its own rounds, the reason from a profile of the middle one, and where it turns."""
-    points = []
+def compare(options: Options, idea: str, axis: str, plain: str, cases: Sequence[Case],
+            clock: type[WallClock | GpuClock] = WallClock, most: float | None = None) -> dict:
+    """One sweep: times of every case in its own rounds, and the reason from a profile of the middle one.
+
+    clock: wall time where the host's part is at issue; GPU time where only kernels differ, as in a graph. most: the
+    largest size that the axis has, if there is one; the least is 1.
+    """
+    on_gpu, points = options.device.type == "cuda", []
     for case in cases:
-        options.say(f"{idea}: {axis} {case.size:g}")
-        times = time_together(case.calls, WallClock(options.device), 15 if options.full else 2, 0.5)
+        options.say(f"{idea} against {plain}: {axis} {case.size:g}")
+        times = time_together(case.calls, clock(options.device), 15 if options.full else 2, 0.5)
         points.append({"size": case.size, "ms": times, "rel_err": case.errors,
                        "gain": times["plain"]["p50"] / times["idea"]["p50"]})
-    middle = cases[len(cases) // 2]
-    reason = "no profile without CUDA"
-    if options.device.type == "cuda":
-        reason = profile_words(middle, axis)
-    return {"idea": idea, "axis": axis, "plain": plain, "status": "ok", "points": points, "reason": reason}
+    reason = profile_words(cases[len(cases) // 2], axis) if on_gpu else "no profile without CUDA"
+    return {"idea": idea, "axis": axis, "most": most, "plain": plain, "status": "ok",
+            "clock": "GPU time" if on_gpu and clock is GpuClock else "wall time", "points": points, "reason": reason}
 
 
 # What a kernel does, by parts of its name; the first that fits.
@@ -357,7 +416,7 @@ KINDS = (
     ("matrix products", ("nvjet", "gemm", "cutlass", "sm90_", "down_kernel")),
     ("gather-and-sum", ("combine",)),
     ("reductions", ("reduce",)),
-    ("gathers and scatters", ("index", "gather", "scatter")),
+    ("gathers and scatters", ("index", "gather", "scatter", "spread")),
 )
 
 
@@ -380,18 +439,63 @@ def profile_words(middle: Case, axis: str) -> str:
     return f"at {axis} {middle.size:g}, " + "; ".join(words)
 
 
-def turning_size(points: list[dict]) -> str:
-    """Between which measured sizes the idea goes from loss to gain, or that it does not."""
-    for before, after in pairwise(points):
-        if (before["gain"] - 1) * (after["gain"] - 1) < 0:
-            way = "gains above" if after["gain"] > 1 else "gains below"
-            return f"{way} a size between {before['size']:g} and {after['size']:g}"
+def no_slower(point: dict) -> bool:
+    """Whether the idea is even with the plain way at this size, or ahead."""
+    return point["gain"] >= 1 - SLACK
+
+
+def where(points: list[dict]) -> str:
+    """At which of the measured sizes the idea is no slower."""
+    first, last = points[0], points[-1]
+    spans = [list(span) for fits, span in groupby(points, no_slower) if fits]
+    if not spans:
+        return f"slower from {first['size']:g} to {last['size']:g}"
+    if spans == [points]:
+        return f"no slower from {first['size']:g} to {last['size']:g}"
+    return "no slower " + ", ".join(
+        f"from {span[0]['size']:g} on" if span[-1] is last else f"up to {span[-1]['size']:g}" if span[0] is first else
+        f"from {span[0]['size']:g} to {span[-1]['size']:g}" for span in spans)
+
+
+def gains_there(points: list[dict]) -> str:
+    """The gains on both sides of every turn; without a turn, at the ends and at the best size."""
+    told = [point for pair in pairwise(points) if no_slower(pair[0]) != no_slower(pair[1]) for point in pair]
+    told = told or [points[0], max(points, key=lambda point: point["gain"]), points[-1]]
+    return ", ".join(f"{number(point['gain'])}x at {point['size']:g}" for point in points if point in told)
+
+
+def beyond(points: list[dict], most: float | None) -> str:
+    """What a fit says of sizes beyond the measured ones, if none of these turns and the best of them is at an end.
+
+    A line through the time ratio of the points nearest to that end: over 1/size upwards, as of a fixed cost that is
+    spread ever thinner, as far as `most` if there is a largest size; over size downwards, as far as 1.
+    """
     best = max(points, key=lambda point: point["gain"])
-    if best["gain"] <= 1:
-        return f"nowhere measured; nearest at {best['size']:g}, {number(best['gain'])} times the plain way's speed"
-    worst = min(points, key=lambda point: point["gain"])
-    how = "gains everywhere measured, least" if worst["gain"] > 1 + SLACK else "gains, but is even"
-    return f"{how} at {worst['size']:g}"
+    upwards = best is points[-1]
+    if any(map(no_slower, points)) or not (upwards or best is points[0]):
+        return ""
+    if best["size"] == most or (best["size"] <= 1 and not upwards):
+        return ", where sizes end"
+    near = points[-NEAREST:] if upwards else points[:NEAREST]
+
+    def place(size: float) -> float:
+        """Where a size lies on the line, and back."""
+        return 1 / size if upwards else size
+
+    slope, start = linear_regression([place(point["size"]) for point in near], [1 / point["gain"] for point in near])
+    end = 1.0 if not upwards else 1 / most if most else 0.0
+    at_end, even = start + slope * end, 1 / (1 - SLACK)
+    if at_end > even:
+        return f"; a line through the nearest {len(near)} ends at {number(1 / at_end)}x, so nowhere beyond"
+    size = f"from about {number(place((even - start) / slope))} on" if upwards else (
+        f"up to about {number((even - start) / slope)}")
+    return f"; extrapolated from the nearest {len(near)}, not measured: no slower {size}"
+
+
+def turn(one: dict) -> str:
+    """Where one sweep turns, with its gains and what else was faster; where it does not, what lies beyond."""
+    points = one["points"]
+    return f"{where(points)} ({gains_there(points)}{beyond(points, one.get('most'))}{rivals(points)})"
 
 
 def rivals(points: list[dict]) -> str:
@@ -405,11 +509,11 @@ IDEAS = (fp8_on_the_fly, stream_per_expert, compiled_loop, atomics_in_the_epilog
 
 
 def measure(options: Options) -> dict:
-    """Every idea in turn; one that does not run here says what it needs."""
-    found = []
+    """Every idea's sweeps in turn; one that does not run here says what it needs."""
+    found: list[dict] = []
     for idea in IDEAS:
         try:
-            found.append(idea(options))
+            found += idea(options)
         except Unsupported as lack:
             found.append({"idea": idea.__name__.replace("_", " ").replace("fp8", "FP8"), "status": f"n/a ({lack})"})
         if options.device.type == "cuda":
@@ -419,8 +523,18 @@ def measure(options: Options) -> dict:
 
 # ---- showing -------------------------------------------------------------------------------------
 
+def sweeps(figures: dict) -> list[dict]:
+    """The sweeps that ran."""
+    return [one for one in figures["ideas"] if one["status"] == "ok"]
+
+
+def clock_of(one: dict) -> str:
+    """What a sweep's times are."""
+    return one.get("clock", "wall time")
+
+
 def table(figures: dict) -> list[Table | str]:
-    """A row an idea and size; under it the reason."""
+    """A row a size of every sweep; under it where it turns, and the reason."""
     parts: list[Table | str] = []
     for one in figures["ideas"]:
         if one["status"] != "ok":
@@ -428,48 +542,47 @@ def table(figures: dict) -> list[Table | str]:
             continue
         names = list(one["points"][0]["ms"])
         parts.append(plain_table(
-            f"{one['idea']} against {one['plain']}",
+            f"{one['idea']} against {one['plain']}, {clock_of(one)}",
             [one["axis"], *(f"{name}, ms" for name in names), "idea's gain"],
             [[f"{point['size']:g}", *(number(point["ms"][name]["p50"]) for name in names),
               f"{number(point['gain'])}x"] for point in one["points"]]))
-        parts.append(f"turns: {turning_size(one['points'])}\nreason: {one['reason']}")
+        parts.append(f"turns: {turn(one)}\nreason: {one['reason']}")
     return parts
 
 
 def draw(figures: dict, under: str) -> dict[str, Figure]:
-    """A panel an idea: its gain over sizes, one being even."""
-    ready = [one for one in figures["ideas"] if one["status"] == "ok"]
+    """A panel a sweep: the idea's gain over sizes, one being even."""
+    ready = sweeps(figures)
+    rows = 1 if len(ready) <= MOST_IN_A_ROW else 2
     fig, axes = figure("What does not help: each idea's speed over the plain way's (below 1 it loses)",
-                       f"wall time, medians  |  {under}", columns=len(ready))
-    for ax, one in zip(axes, ready, strict=True):
+                       f"medians; grey: within {SLACK:.0%} of even  |  {under}", -(-len(ready) // rows), rows=rows)
+    for ax in axes[len(ready):]:
+        ax.remove()
+    for ax, one in zip(axes, ready, strict=False):
         gains = [point["gain"] for point in one["points"]]
         colors = [COLORS[0] if gain > 1 + SLACK else COLORS[1] if gain < 1 - SLACK else COLORS[6] for gain in gains]
-        ax.bar(range(len(gains)), gains, color=colors, gid=one["idea"])
+        ax.bar(range(len(gains)), gains, color=colors, gid=f"{one['idea']} {one['axis']}")
         for place, gain in enumerate(gains):
-            ax.text(place, gain, f"{gain:.2f}", ha="center", va="bottom", fontsize=14)
+            ax.annotate(f"{gain:.2f}", (place, gain), (0, 2), textcoords="offset points", ha="center", va="bottom",
+                        fontsize=11, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})  # over the line at one
         ax.axhline(1, color="black", lw=2)
-        ax.set_xticks(range(len(gains)), [f"{point['size']:g}" for point in one["points"]], rotation=45)
-        ax.set_xlabel(one["axis"], fontsize=14)
-        title = wrap(one["idea"], 20) + [f"over {one['plain']}"]
-        ax.set_title("\n".join([""] * (3 - len(title)) + title), fontsize=15)
+        ax.set_xticks(range(len(gains)), [f"{point['size']:g}" for point in one["points"]], rotation=45, fontsize=12)
+        ax.tick_params(axis="y", labelsize=12)
+        ax.set_xlabel(f"{one['axis']}\n{where(one['points'])}", fontsize=12)
+        title = wrap(one["idea"], 24) + [f"over {one['plain']}, {clock_of(one)}"]
+        ax.set_title("\n".join([""] * (3 - len(title)) + title), fontsize=12)
         ax.set_ylim(0, max(1.1, 1.1 * max(gains)))
-    axes[0].set_ylabel("times the plain way's speed")
+    fig.supylabel("times the plain way's speed", fontsize=16)
     return {"": fig}
 
 
 def conclude(figures: dict) -> str:
-    """Which lose everywhere, where the others turn, and what is faster than those."""
-    ready = [one for one in figures["ideas"] if one["status"] == "ok"]
-    never = [one["idea"] for one in ready if max(point["gain"] for point in one["points"]) <= 1 + SLACK]
-    others = [f"{one['idea']} ({turning_size(one['points'])} {one['axis']}{rivals(one['points'])})" for one in ready
-              if one["idea"] not in never]
+    """For every idea and sweep: where it is no slower than the plain way, or how near it comes."""
     parts = []
-    if never:
-        parts.append(f"never a gain at the sizes measured: {', '.join(never)}")
-    if others:
-        parts.append(f"a matter of size: {'; '.join(others)}")
-    sentence = ". ".join(part[0].upper() + part[1:] for part in parts)
-    return sentence + "."
+    for (idea, plain), group in groupby(sweeps(figures), lambda one: (one["idea"], one["plain"])):
+        told = "; ".join(f"by {one['axis']}, {turn(one)}" for one in group)
+        parts.append(f"{idea[0].upper()}{idea[1:]} against {plain}: {told}.")
+    return " ".join([*parts, f"No slower is {1 - SLACK:g}x or more."])
 
 
 STUDY = Study("what_does_not_help", "Which tempting ideas do not help, why, and at what size would they?", measure,
