@@ -20,7 +20,7 @@ import torch
 from common.cli import add_workload_arguments, parse_workloads
 from common.level import Loaded, discover
 from common.measure import environment
-from common.peers import PEERS
+from common.peers import PEERS, Peer
 from common.references import REFERENCES
 from common.results import load, results_path, save
 from common.run import Interrupted, run_workload
@@ -43,8 +43,9 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--levels", metavar="0-4,6", help="only these levels")
     what.add_argument("--list", action="store_true", help="list the levels and stop")
     what.add_argument("--quick", action="store_true", help="3 rounds, no reference rows, the smallest token count")
-    what.add_argument("--peers", action="store_true",
-                      help="also other libraries' layers, in the same run, where they are installed")
+    what.add_argument("--peers", metavar="NAMES", nargs="?", const="all",
+                      help="also other libraries' layers, in the same run, where they are installed; all of them, or "
+                           "those named: triton_kernels,SonicMoE")
     what.add_argument("--profile", type=int, metavar="N",
                       help="profile level N: trace file and heaviest kernels, no timing")
     add_workload_arguments(parser)
@@ -55,6 +56,16 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("--plot", type=Path, nargs="+", metavar="FILE", help="only draw charts from these results")
     output.add_argument("--readme", action="store_true", help="only rewrite README.md's tables from plots/")
     return parser
+
+
+def choose_peers(text: str | None) -> list[Peer]:
+    """`all`, or the peers that `triton_kernels,SonicMoE` names; none for None. Raises ValueError for others."""
+    known = {peer.name: peer for peer in PEERS}
+    names = list(known) if text == "all" else text.split(",") if text else []
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--peers {text}: {name!r} is none of {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 def choose_levels(text: str | None, levels: Sequence[Loaded]) -> list[Loaded]:
@@ -146,8 +157,8 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
         return profile_level(loaded, workload, device, out, screen)
     chosen = choose_levels(args.levels, levels)
     workloads, rounds = parse_workloads(args, device)
-    peers = PEERS if args.peers else ()
-    references = (*REFERENCES, *peers)
+    peers = choose_peers(args.peers)
+    references = [*REFERENCES, *peers]
     if args.quick:
         workloads, references, rounds = [min(workloads, key=lambda one: one.T)], peers, min(rounds, 3)
     prepare_folder(out)

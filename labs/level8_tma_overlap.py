@@ -1,13 +1,14 @@
 """Level 8: TMA overlap. Kernels at the limit of the chip.
 
-Adds   persistent, warp-specialised grouped GEMMs fed by TMA, with gather and SwiGLU fused in; router, top-k and sort
-       in one to three launches; a combine at copy bandwidth.
+Adds   persistent, warp-specialised grouped GEMMs fed by TMA, with gather, SwiGLU and combine fused in; router, top-k
+       and sort in one to three launches.
 Why    level 7 still writes and reads 3*R*F values between its GEMMs, sorts in eight launches, and its GEMMs wait for
        their own loads: one set of warps issues a load, waits, multiplies, and stops to store.
 How    kernels in labs/kernels, one job a file, each chosen by the mean rows an expert (labs/kernels/choice.py):
            producer warp      | TMA weights, cp.async or TMA rows -> ring of 4 stages of 48 KB in shared memory
            consumer warps 0-3 | wait full[s] -> wgmma 64x256x64 -> arrive empty[s]; then SwiGLU, store
            consumer warps 4-7 | the same for the tile's other 64 rows
+           combiner, 2 warps  | down: sum the tokens of the band of columns before
        Few rows an expert: weights take wgmma's tall side, each read once. Row tiles of an expert are neighbours in
        time, so its weights are read from memory once and shared in L2. x is copied to sorted rows before (dispatch)
        where that costs less than gathering in every load.
@@ -49,7 +50,7 @@ LEVEL = Level(
     changes=(
         "silu_mul_kernel", "silu_mul", "grouped_gemm_kernel", "Tile", "choose_tile", "grouped_gemm",
         "shared_memory_bytes", "compile_whole", "GATHERED_BEFORE", "route", "dispatch", "experts",
-        "combine", "layer", "layer_rounded", "ChosenReplay", "repack", "build",
+        "combine", "experts_combined", "layer", "layer_rounded", "ChosenReplay", "repack", "build",
     ),
     requires=("cuda", "16-bit"),
     variants=("exact", "rounded"),
@@ -107,9 +108,11 @@ def experts(
                        *ops.fields(choice))
 
 
-def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
-    """Gather each token's K rows and sum them, weighted by score in float32: (R, D) -> (T, D)."""
-    return ops.combine(y_RD, row_of_slot_TK, scores_TK)
+def experts_combined(rows: torch.Tensor, routed: Routing, weights: Weights, choice: Choice) -> torch.Tensor:
+    """`experts`, and each token's K rows summed, weighted by score in float32: (T, D). At many rows an expert most of
+    the sum runs beside the down projection, a band of columns behind."""
+    return ops.experts_combined(rows, routed.token_of_row_R, routed.offsets_E1, routed.work_W4, weights.gate_up_E2FD,
+                                weights.down_EDF, routed.row_of_slot_TK, routed.scores_TK, *ops.fields(choice))
 
 
 def layer(
@@ -121,8 +124,7 @@ def layer(
     """
     routed = route(x_TD, weights.router_ED, arrivals_A, cfg, choice)
     rows = dispatch(x_TD, routed.row_of_slot_TK, choice)
-    y_RD = experts(rows, routed.token_of_row_R, routed.offsets_E1, routed.work_W4, weights, choice)
-    return combine(y_RD, routed.row_of_slot_TK, routed.scores_TK)
+    return experts_combined(rows, routed, weights, choice)
 
 
 def route_rounded(x_TD: torch.Tensor, router_ED: torch.Tensor, cfg: MoEConfig, plan: Plan) -> Rounded:

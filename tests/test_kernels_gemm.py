@@ -19,7 +19,7 @@ import torch
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import grouped_gemm, plain_gemm, tall_gemm, tiles
+from labs.kernels import down_combine, grouped_gemm, plain_gemm, tall_gemm, tiles
 from tests.cases import Case
 from tests.machine_code import ROOT, Compiled, Request, compile_all
 
@@ -97,6 +97,34 @@ def test_every_output_tile_is_found_once(counts, column_tiles):
     assert sorted(found) == [(row, column) for row in range(len(table)) for column in range(column_tiles)]
 
 
+@pytest.mark.parametrize("programs", [1, 7, 132])
+@pytest.mark.parametrize(("row_tiles", "D"), [(5, 2048), (1, 7168), (40, 1288), (3, 8192), (0, 2048), (17, 8)])
+def test_bands_cover_every_output_tile_and_count_their_programs(row_tiles, D, programs):
+    """What find_band_tile and wait_for_band do, in Python."""
+    column_tiles, band_tiles = -(-D // 256), down_combine.band_tiles_for(D)
+    bands = -(-column_tiles // band_tiles)
+    assert bands <= tiles.BANDS
+    found, programs_of_band = [], [set() for _ in range(bands)]
+    for tile in range(row_tiles * column_tiles):
+        band = tile // (row_tiles * band_tiles)
+        width = min(column_tiles - band * band_tiles, band_tiles)
+        column, row = divmod(tile - band * band_tiles * row_tiles, row_tiles)  # as one group of all row tiles
+        assert column < width
+        found.append((row, band * band_tiles + column))
+        programs_of_band[band].add(tile % programs)
+    assert sorted(found) == [(row, column) for row in range(row_tiles) for column in range(column_tiles)]
+    size = row_tiles * band_tiles
+    for band in range(bands - 1):
+        assert len(programs_of_band[band]) == min(programs, size)
+        for program in range(programs):
+            own = program + -(-max(band * size - program, 0) // programs) * programs
+            assert (own < band * size + size) == (program in programs_of_band[band])
+
+
+def test_plan_starts_the_bands_at_zero():
+    assert tiles.plan_tiles(offsets([3, 0, 200]), 203).done_B.tolist() == [0] * tiles.BANDS
+
+
 def test_spread_rows_writes_every_slot_and_nothing_else():
     T, K, D, P = 5, 3, 1032, 40
     x_TD = torch.randn(T, D, device=DEVICE)
@@ -122,7 +150,8 @@ def test_gate_and_up_alternate_in_blocks_of_8():
 
 
 def operands(D: int = 256, F: int = 256, dtype: torch.dtype = torch.bfloat16, tile_rows: int = 128) -> dict:
-    plan = tiles.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows)
+    plan = tiles.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows,
+                          torch.empty(tiles.BANDS, dtype=torch.int32))
     return {"rows": torch.empty(128, D, dtype=dtype), "gate_up": torch.empty(2, 2 * F, D, dtype=dtype),
             "down": torch.empty(2, D, F, dtype=dtype), "hidden": torch.empty(128, F, dtype=dtype), "plan": plan}
 
@@ -157,6 +186,44 @@ def test_wrong_shapes_are_refused():
         tiles.plan_tiles(offsets([64]), 64, 100)
     with pytest.raises(ValueError, match="offsets_E1"):
         tiles.plan_tiles(offsets([64]).long(), 64)
+
+
+def test_down_combine_refuses_what_does_not_fit():
+    given = operands()
+    hidden, down, plan = given["hidden"], given["down"], given["plan"]
+
+    def call(T: int, K: int, dtype: torch.dtype = torch.int32, scores: torch.dtype = torch.float32) -> torch.Tensor:
+        return down_combine.down_combine(hidden[: T * K], down, plan, torch.zeros(T, K, dtype=dtype),
+                                         torch.zeros(T, K, dtype=scores), 1)
+
+    for message, arguments in {"K=9": (2, 9), "row_of_slot_TK is int64": (2, 2, torch.int64),
+                               "scores_TK is float16": (2, 2, torch.int32, torch.float16)}.items():
+        with pytest.raises(ValueError, match=message):
+            call(*arguments)
+    assert call(0, 2).shape == (0, 256)
+
+
+def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
+    given, combined, names = {}, [], down_combine.down_combine_kernel.arg_names
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *values, **constants: given.update(zip(names, values, strict=False), **constants)
+
+    monkeypatch.setattr(down_combine, "down_combine_kernel", Recorder())
+    monkeypatch.setattr(down_combine, "combine", lambda *values: combined.extend(values) or values[3])
+    tensors = operands(D=1288, F=256)
+    hidden, plan = tensors["hidden"], tensors["plan"]
+    slots, scores = torch.zeros(16, 8, dtype=torch.int32), torch.zeros(16, 8)
+    out = down_combine.down_combine(hidden, tensors["down"], plan, slots, scores, 1)
+    assert given["hidden_desc"].base is hidden
+    for name, tensor in {"tiles_ptr": plan.tiles_X5, "tile_count_ptr": plan.tile_count, "done_ptr": plan.done_B,
+                         "row_of_slot_ptr": slots, "scores_ptr": scores, "out_ptr": out}.items():
+        assert given[name] is tensor, name
+    assert (given["D8"], given["F8"], given["T"], given["band_tiles"]) == (161, 32, 16, 2)
+    assert (given["TOP_K"], given["CHOICES"], given["launch_cooperative_grid"]) == (8, 8, True)
+    assert all(one is other for one, other in zip(combined, (given["y_ptr"], slots, scores, out), strict=False))
+    assert combined[4] == 1024, "the last band is combine's"
 
 
 def test_tall_kernels_refuse_a_short_inner_dimension():
@@ -225,11 +292,17 @@ KERNELS = {
 }
 
 
-def request(kernel: str) -> Request:
-    """A Gluon kernel with its pointers aligned; D8 and F8 are not specialised."""
-    file, signature = KERNELS[kernel]
+COMBINE = {**DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
+           "T": "i32", "band_tiles": "i32"}
+CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
+
+
+def request(kernel: str, constants: dict | None = None) -> Request:
+    """A Gluon kernel with its pointers aligned; its integers are not specialised."""
+    file, signature = ("down_combine", COMBINE) if constants else KERNELS[kernel]
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return Request(kernel, f"labs.kernels.{file}", kernel, signature, {}, aligned, 4, 3, options=grouped_gemm.LAUNCH)
+    return Request(f"{kernel} {constants or ''}", f"labs.kernels.{file}", kernel, signature, constants or {}, aligned,
+                   4, 3, options=grouped_gemm.LAUNCH)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +312,7 @@ def code() -> dict[str, Compiled]:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_machine_code_is_as_planned(code, kernel):
-    found = code[kernel]
+    found = code[f"{kernel} "]
     warpgroups = 3 if kernel.startswith("tall") else 2
     assert found.count("HGMMA") == warpgroups * 2 * 4, "a warpgroup's first step and its loop, 4 wgmma of depth 16 each"
     assert found.count("WARPGROUP") == warpgroups * 5, "more waits would mean wgmmas one after the other"
@@ -254,6 +327,21 @@ def test_machine_code_is_as_planned(code, kernel):
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     stage = (warpgroups * 64 + 256) * 64 * 2
     assert 4 * stage < found.shared_bytes <= min(4 * stage + 1024, 227 * 1024)
+
+
+@pytest.mark.parametrize("K", CHOICES)
+def test_machine_code_of_down_combine_is_as_planned(K):
+    kernel = request("down_combine_kernel", {"TOP_K": K, "CHOICES": CHOICES[K]})
+    found = compile_all([kernel])[kernel.name]
+    assert found.count("HGMMA") == 2 * 2 * 4
+    assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
+    assert found.count("UTMALDG") > 0
+    assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == CHOICES[K], "a token's rows by 16-byte cp.async"
+    assert found.count(r"STG") == found.count(r"STG\.E\.128") > 0
+    assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
+    assert found.count(r"REDG?\.|ATOMG?\.") == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == 1, "a counter, no sum"
+    assert found.registers == 168
+    assert found.shared_bytes <= 227 * 1024
 
 
 # ---- the plain kernels: machine code, and answers in the interpreter
@@ -357,6 +445,9 @@ CASES = (
     Case("empty experts", T=512, D=512, F=256, E=16, K=4, routing="sparse"),
     Case("fewer rows than a tile", T=64, D=320, F=384, E=64, K=4, routing="skewed"),
     Case("many tiles a program", T=2048, D=1024, F=768, E=32, K=8),
+    Case("several bands, the last one narrow", T=1000, D=1288, F=136, E=8, K=8),
+    Case("fewer tokens than programs", T=70, D=2048, F=64, E=16, K=5),
+    Case("one choice", T=3001, D=1536, F=128, E=4, K=1),
     Case("more than 2 to the 31 elements", T=40000, D=8192, F=256, E=8, K=8),
 )
 
@@ -440,6 +531,31 @@ def check_answers(case: Case) -> None:
             assert torch.equal(*outs), f"{up_name}, {down_name}: two runs differ"
 
 
+def check_combined(case: Case) -> None:
+    """down_combine against the oracle, five times with other data in its way, all equal."""
+    cfg, programs = case.config, torch.cuda.get_device_properties(0).multi_processor_count
+    workload = Workload(cfg, case.T, torch.bfloat16, case.routing)
+    weights = make_weights(cfg, torch.bfloat16, "cuda")
+    x_TD = make_inputs(workload, weights)
+    expected = oracle(cfg, weights, x_TD)
+    scores_TK, expert_ids_TK, _ = route_float64(cfg, weights.router_ED, x_TD)
+    scores_TK = scores_TK.float()
+    offsets_E1, token_of_row_R, row_of_slot_TK = dispatch(expert_ids_TK, cfg.E)
+    token_of_row_R = token_of_row_R[: case.T * cfg.K].contiguous()
+    gate_up = tiles.interleave_gate_up(weights.gate_up_E2FD)
+    outs = []
+    for _ in range(5):
+        plan = tiles.plan_tiles(offsets_E1, token_of_row_R.numel())
+        hidden_RF = torch.full((token_of_row_R.numel(), cfg.F), torch.nan, dtype=torch.bfloat16, device="cuda")
+        grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan, hidden_RF, programs)
+        # What the next allocations find is NaN, not the answers of the run before.
+        torch.full((token_of_row_R.numel() + case.T, cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
+        outs.append(down_combine.down_combine(hidden_RF, weights.down_EDF, plan, row_of_slot_TK, scores_TK, programs))
+    result = gate(outs[0], expected, workload)
+    assert result.ok, result.reason
+    assert all(torch.equal(outs[0], out) for out in outs), "two runs differ"
+
+
 def check_no_rows() -> None:
     """All experts empty although the buffers have room, as rounding down can leave them: nothing is written."""
     programs = torch.cuda.get_device_properties(0).multi_processor_count
@@ -471,6 +587,13 @@ def test_answers_on_hard_cases(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_combined_answers_on_hard_cases(case):
+    needs_sm_90()
+    child("combined", str(case))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES[:-1], ids=str)
 def test_plain_answers_on_hard_cases(case):
     sm = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
@@ -492,6 +615,8 @@ if __name__ == "__main__":
         chosen = next(case for case in CASES if str(case) == sys.argv[2])
         if sys.argv[1] == "answers":
             check_answers(chosen)
+        elif sys.argv[1] == "combined":
+            check_combined(chosen)
         else:
             for tile in {plain_gemm.tile_for(int(sys.argv[3])), plain_gemm.CONSUMER}:
                 check_plain(chosen, torch.bfloat16, tile)

@@ -307,6 +307,15 @@ def test_a_peer_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
     assert row.reason.startswith("pip install ghost (ModuleNotFoundError")
 
 
+def test_peers_are_chosen_by_name(tmp_path, monkeypatch):
+    ghosts = tuple(Peer(name, "no_such_library", f"pip install {name}", lambda *_: None) for name in ("one", "two"))
+    monkeypatch.setattr(level_runner, "PEERS", ghosts)
+    _, (recorded,) = run(tmp_path, "--quick", "--peers", "two", levels=[GOOD])
+    assert [row.name for row in recorded.rows if row.kind == "peer"] == ["two"]
+    with pytest.raises(ValueError, match="'three' is none of one, two"):
+        level_runner.choose_peers("two,three")
+
+
 def test_a_peer_is_gated_like_a_level(tmp_path, monkeypatch):
     def connect(workload, weights):
         forward = discover()[1].build(workload.config, weights)

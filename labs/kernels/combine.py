@@ -29,16 +29,17 @@ def combine_kernel(
     scores_ptr,  # (T, K) float32
     out_ptr,  # (T, D)
     D,
+    first_column,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] in float32, rounded once.
+    """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] in float32, rounded once, from first_column on.
 
-    Grid (T, cdiv(D, BLOCK_D)): a program owns BLOCK_D columns of one token.
+    Grid (T, cdiv(D - first_column, BLOCK_D)): a program owns BLOCK_D columns of one token.
     """
     t = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = first_column + tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < D
     if PDL:
         gdc_launch_dependents()
@@ -57,21 +58,27 @@ def columns_for(T: int, D: int) -> int:
     return min(most, triton.next_power_of_2(D))
 
 
-def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
+def combine(
+    y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.Tensor, out_TD: torch.Tensor | None = None,
+    first_column: int = 0,
+) -> torch.Tensor:
     """Gather each token's K rows of y_RD and add them, weighted by score: (R, D) -> (T, D), same dtype.
 
-    row_of_slot_TK int32 and scores_TK float32, (T, K), T >= 0; D a multiple of 8. Raises ValueError where shapes,
-    dtypes or devices do not fit.
+    row_of_slot_TK int32 and scores_TK float32, (T, K), T >= 0; D a multiple of 8. With out_TD, whose columns before
+    first_column are summed already, only the others are written, into it. Raises ValueError where shapes, dtypes or
+    devices do not fit.
     """
     (T, K), D, device = row_of_slot_TK.shape, y_RD.shape[-1], y_RD.device
     require("y_RD", y_RD, (T * K, D), y_RD.dtype, device)
     require("row_of_slot_TK", row_of_slot_TK, (T, K), torch.int32, device)
     require("scores_TK", scores_TK, (T, K), torch.float32, device)
     require_width("D", D)
-    out_TD = torch.empty(T, D, dtype=y_RD.dtype, device=device)
+    if out_TD is None:
+        out_TD = torch.empty(T, D, dtype=y_RD.dtype, device=device)
+    require("out_TD", out_TD, (T, D), y_RD.dtype, device)
     if T > 0:
-        block_D = columns_for(T, D)
-        combine_kernel[(T, triton.cdiv(D, block_D))](
-            y_RD, row_of_slot_TK, scores_TK, out_TD, D, TOP_K=K, BLOCK_D=block_D, PDL=early_launch(device),
-            num_warps=4, **launch_options(device))
+        block_D = columns_for(T, D - first_column)
+        combine_kernel[(T, triton.cdiv(D - first_column, block_D))](
+            y_RD, row_of_slot_TK, scores_TK, out_TD, D, first_column, TOP_K=K, BLOCK_D=block_D,
+            PDL=early_launch(device), num_warps=2 if block_D == 512 and T >= 512 else 4, **launch_options(device))
     return out_TD

@@ -4,6 +4,7 @@
     moe_lab::spread   (T, D) -> (R, D), rows gathered before the experts            tiles.py
     moe_lab::experts  (T, D) or (R, D) -> (R, D)                                    the kernels that `choice` names
     moe_lab::combine  (R, D) -> (T, D)                                              combine.py
+    moe_lab::experts_combined   both, (T, D) or (R, D) -> (T, D)                    down_combine.py where it can
 
 Operators take no tuples: a Choice travels as its fields, `kernels`, `group` and `tile` ([] for none).
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from labs.kernels import combine as combining
-from labs.kernels import decode, grouped_gemm, plain_gemm, routing, tall_gemm, tiles
+from labs.kernels import decode, down_combine, grouped_gemm, plain_gemm, routing, tall_gemm, tiles
 from labs.kernels.choice import Choice
 from labs.kernels.launch import sm_count
 from labs.kernels.plain_gemm import PlainTile
@@ -68,6 +69,19 @@ def _(x_TD, row_of_slot_TK):
     return x_TD.new_empty(row_of_slot_TK.numel(), x_TD.shape[1])
 
 
+def up_in_tiles(
+    x: Tensor, token_of_row_R: Tensor, offsets_E1: Tensor, gate_up_E2FD: Tensor, hidden_RF: Tensor, kernels: str,
+    group: int,
+) -> tiles.TilePlan:
+    """Fill hidden_RF by grouped_gemm.py's up kernel, gathering or not; the tiles that down is to take too."""
+    plan, programs = tiles.plan_tiles(offsets_E1, hidden_RF.shape[0], 128, group), sm_count(x.device)
+    if kernels == "gather":
+        grouped_gemm.up_gather(x, token_of_row_R, gate_up_E2FD, plan, hidden_RF, programs)
+    else:
+        grouped_gemm.up_rows(x, gate_up_E2FD, plan, hidden_RF, programs)
+    return plan
+
+
 @torch.library.custom_op("moe_lab::experts", mutates_args=())
 def experts(
     x: Tensor, token_of_row_R: Tensor, offsets_E1: Tensor, work_W4: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor,
@@ -94,11 +108,7 @@ def experts(
         tall_gemm.tall_up_rows(x, gate_up_E2FD, plan, hidden_RF, programs)
         tall_gemm.tall_down(hidden_RF, down_EDF, plan, y_RD, programs)
     elif kernels in ("gather", "spread"):
-        plan = tiles.plan_tiles(offsets_E1, R, 128, group)
-        if kernels == "gather":
-            grouped_gemm.up_gather(x, token_of_row_R, gate_up_E2FD, plan, hidden_RF, programs)
-        else:
-            grouped_gemm.up_rows(x, gate_up_E2FD, plan, hidden_RF, programs)
+        plan = up_in_tiles(x, token_of_row_R, offsets_E1, gate_up_E2FD, hidden_RF, kernels, group)
         grouped_gemm.down(hidden_RF, down_EDF, plan, y_RD, programs)
     else:
         raise ValueError(f"kernels={kernels!r}: choose few_rows, gather, spread, tall or pipelined")
@@ -119,3 +129,23 @@ def combine(y_RD: Tensor, row_of_slot_TK: Tensor, scores_TK: Tensor) -> Tensor:
 @combine.register_fake
 def _(y_RD, row_of_slot_TK, scores_TK):
     return y_RD.new_empty(row_of_slot_TK.shape[0], y_RD.shape[1])
+
+
+@torch.library.custom_op("moe_lab::experts_combined", mutates_args=())
+def experts_combined(
+    x: Tensor, token_of_row_R: Tensor, offsets_E1: Tensor, work_W4: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor,
+    row_of_slot_TK: Tensor, scores_TK: Tensor, kernels: str, group: int, tile: list[int],
+) -> Tensor:
+    """combine(experts(...), ...): out_TD. With the kernels `gather` and `spread` most of the sum runs beside the down
+    projection."""
+    if kernels not in ("gather", "spread") or row_of_slot_TK.shape[1] > down_combine.MOST_CHOICES:
+        y_RD = experts(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, kernels, group, tile)
+        return combining.combine(y_RD, row_of_slot_TK, scores_TK)
+    hidden_RF = x.new_empty(token_of_row_R.numel(), down_EDF.shape[2])
+    plan = up_in_tiles(x, token_of_row_R, offsets_E1, gate_up_E2FD, hidden_RF, kernels, group)
+    return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_slot_TK, scores_TK, sm_count(x.device))
+
+
+@experts_combined.register_fake
+def _(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, row_of_slot_TK, scores_TK, kernels, group, tile):
+    return x.new_empty(row_of_slot_TK.shape[0], down_EDF.shape[1])

@@ -4,6 +4,7 @@
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
     row_of_slot_TK  (T, K)    token, slot -> row
     tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group
+    done_B          (4,)      band of columns -> programs that are through with it; zeros, for down_combine.py to count
 
 A group is as many of an expert's row tiles as walk through its weights together, so that they share them in L2.
 """
@@ -25,6 +26,7 @@ ROWS = 64  # of one warpgroup; a row tile is a multiple of it
 INTERLEAVE = 8  # gate and up rows alternate in blocks of 8: one core matrix of wgmma's accumulator
 GROUP = 32  # row tiles that walk through their expert's weights together, at most
 FIELDS = 5  # of a row tile's entry in the table
+BANDS = 4  # of columns, at most
 
 
 @triton.jit
@@ -32,12 +34,14 @@ def plan_tiles_kernel(
     offsets_ptr,  # (E + 1,) int32
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
+    done_ptr,  # (BANDS,) int32
     E,
     BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
+    BANDS: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
-    """Write the table of row tiles, BLOCKS * 64 rows each, and how many there are.
+    """Write the table of row tiles, BLOCKS * 64 rows each, how many there are, and zeros to done.
 
     Grid (E,): program e owns the entries of expert e. A group is as many of an expert's row tiles as share weights
     in L2: its tiles in equal parts of at most GROUP.
@@ -51,6 +55,7 @@ def plan_tiles_kernel(
     count = tl.sum(tl.where(e == expert, tiles, 0))
     if expert == E - 1:
         tl.store(tile_count_ptr, first + count)
+        tl.store(done_ptr + tl.arange(0, BANDS), tl.zeros([BANDS], tl.int32))
         if first + count == 0:  # the GEMMs look at the first entry even when there is nothing to do
             field = tl.arange(0, 8)
             tl.store(tiles_ptr + field, (field == 4).to(tl.int32), mask=field < 5)
@@ -94,11 +99,12 @@ def spread_rows_kernel(
 
 
 class TilePlan(NamedTuple):
-    """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), and the rows of a tile."""
+    """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), the rows of a tile, and done_B int32."""
 
     tiles_X5: torch.Tensor
     tile_count: torch.Tensor
     tile_rows: int
+    done_B: torch.Tensor
 
 
 def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -138,12 +144,12 @@ def plan_tiles(offsets_E1: torch.Tensor, R: int, tile_rows: int = 128, group: in
     if tile_rows < ROWS or tile_rows % ROWS or group < 1:
         raise ValueError(f"tile_rows={tile_rows} group={group}: need a positive multiple of {ROWS}, and at least 1")
     tiles_X5 = offsets_E1.new_empty(triton.cdiv(R, tile_rows) + E, FIELDS)
-    tile_count = offsets_E1.new_empty(1)
+    tile_count, done_B = offsets_E1.new_empty(1), offsets_E1.new_empty(BANDS)
     plan_tiles_kernel[(E,)](
-        offsets_E1, tiles_X5, tile_count, E,
-        BLOCKS=tile_rows // ROWS, GROUP=group, E_POW2=triton.next_power_of_2(E), num_warps=4,
+        offsets_E1, tiles_X5, tile_count, done_B, E,
+        BLOCKS=tile_rows // ROWS, GROUP=group, BANDS=BANDS, E_POW2=triton.next_power_of_2(E), num_warps=4,
     )
-    return TilePlan(tiles_X5, tile_count, tile_rows)
+    return TilePlan(tiles_X5, tile_count, tile_rows, done_B)
 
 
 def spread_rows(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, rows_RD: torch.Tensor) -> None:

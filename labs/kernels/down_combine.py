@@ -1,0 +1,281 @@
+"""The down projection with the combine beside it, for Hopper: two warps sum tokens while two warpgroups multiply.
+
+    hidden (R, F) --> [down] --> y (R, D) --gather-and-sum--> out (T, D)
+
+What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns, all experts of a band before the next
+       one, and combine.py's sum of a band's columns while the next band is multiplied. The last band's sum is left to
+       combine.py.
+Why    The combine waits for memory, the GEMM for the tensor cores: one after the other, each leaves the other's idle.
+How    A twelfth of the threads is enough for a sum: 64 of them copy a token's K rows, 512 columns of each, into a ring
+       of their own, some tokens ahead (cp.async, no registers), and add them up in float32.
+
+    producer    1 warp          TMA: rows and weights of a stage, as in grouped_gemm.py
+    consumers   2 warpgroups    multiply a tile, store it; after a program's last tile of a band, arrive stored[band]
+    combiner    2 warps         wait stored[band]; done[band] += 1; wait until all programs have added theirs;
+                                then sum every grid-th token
+
+Costs  hidden is read once a band. The combiner of one program waits for the tiles of all others: every program must be
+       on the GPU at once, so the launch is cooperative. y is written and read through L2, never kept.
+
+    index array     shape     from -> to
+    row_of_slot_TK  (T, K)    token, choice -> sorted row
+    tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group (tiles.py)
+    done_B          (4,)      band -> programs whose tiles of it are stored; zeros at the start (tiles.py)
+
+Determinism: each sum runs over the choices in their order. The counters order work, and nothing is added to them twice.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from labs.kernels.combine import combine
+from labs.kernels.grouped_gemm import (
+    LAUNCH,
+    down_operands,
+    find_tile,
+    multiply,
+    next_stage,
+    open_barriers,
+    open_ring,
+    store_y,
+)
+from labs.kernels.grouped_gemm import _BLOCK_K, _BLOCK_N, _ROW_BYTES, _ROWS, _STAGES, _WARPGROUPS, _WEIGHT_BYTES
+from labs.kernels.launch import require
+from labs.kernels.tiles import BANDS, TilePlan
+
+import triton  # after common.level, which the above import
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
+# In kernels M, N and K are the GEMM tile's axes; top-k is TOP_K.
+
+COLUMNS = 512  # of a token that the combiner sums at a time: 16 bytes a thread and row
+SLOTS = 32  # rows of the combiner's ring, 1 KB each: what the GEMM's ring leaves of shared memory
+MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more would not fit into registers
+
+_BANDS = gl.constexpr(BANDS)
+_SLOTS = gl.constexpr(SLOTS)
+_COLUMNS = gl.constexpr(COLUMNS)
+_FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+# ------------------------------------------------------------------------------------------- which tile is next
+@gluon.jit
+def find_band_tile(tiles_ptr, walk, tile):
+    """find_tile, band by band: (expert, first row, rows in use, column tile, band); no rows, band -1 past the last."""
+    row_tiles, column_tiles, band_tiles, _ = walk
+    total = row_tiles * column_tiles
+    inside = gl.maximum(gl.minimum(tile, total - 1), 0)
+    band = inside // gl.maximum(row_tiles * band_tiles, 1)
+    first_column = band * band_tiles
+    width = gl.minimum(column_tiles - first_column, band_tiles)
+    expert, row, used, column = find_tile(tiles_ptr, inside - first_column * row_tiles, width)
+    past = tile >= total
+    return expert, row, gl.where(past, 0, used), first_column + column, gl.where(past, -1, band)
+
+
+# ---------------------------------------------------------------------------------------- producer and consumers
+@gluon.jit
+def produce(hidden_desc, down_desc, tiles_ptr, walk, D, ring):
+    """grouped_gemm.py's produce_rows, band by band."""
+    rows, weights, full, empty = ring
+    stage = 0
+    phase = 0
+    grid = gl.num_programs(0)
+    expert, row, _, column, _ = find_band_tile(tiles_ptr, walk, gl.program_id(0))
+    for tile in range(gl.program_id(0), walk[0] * walk[1], grid):
+        after = find_band_tile(tiles_ptr, walk, tile + grid)
+        weight_row = expert * D + column * _BLOCK_N
+        for k in range(walk[3]):
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES)
+            tma.async_copy_global_to_shared(down_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
+            for wg in gl.static_range(_WARPGROUPS):
+                tma.async_copy_global_to_shared(hidden_desc, [row + wg * _ROWS, k * _BLOCK_K], bar,
+                                                rows.index(stage * _WARPGROUPS + wg))
+            stage, phase = next_stage(stage, phase, _STAGES)
+        expert, row, _, column, _ = after
+
+
+@gluon.jit
+def consume(y_ptr, D, tiles_ptr, walk, ring, stored, WG: gl.constexpr):
+    """grouped_gemm.py's consume, band by band; says when this program's tiles of a band are stored."""
+    stage = 0
+    phase = 0
+    grid = gl.num_programs(0)
+    _, row, used, column, band = find_band_tile(tiles_ptr, walk, gl.program_id(0))
+    for tile in range(gl.program_id(0), walk[0] * walk[1], grid):
+        after = find_band_tile(tiles_ptr, walk, tile + grid)
+        acc, stage, phase = multiply(ring, stage, phase, walk[3], WG, False)
+        if used > WG * _ROWS:
+            store_y(y_ptr, D, acc, row + WG * _ROWS, column, row + used)
+        mbarrier.arrive(stored.index(band), pred=after[4] != band)
+        _, row, used, column, band = after
+
+
+# ------------------------------------------------------------------------------------------------------ combiner
+@gluon.jit
+def wait_for_band(band, walk, stored, done_ptr):
+    """Return when all programs have stored their tiles of the band.
+
+    This program's tiles are ordered by the barrier, other programs' by the counter, released and acquired at the
+    GPU's scope. A program without a tile in the band adds nothing: of n tiles in turn, min(n, grid) programs have one.
+    """
+    program = gl.program_id(0)
+    grid = gl.num_programs(0)
+    band_size = walk[0] * walk[2]
+    start = band * band_size
+    own = program + gl.cdiv(gl.maximum(start - program, 0), grid) * grid  # this program's first tile from there on
+    if own < start + band_size:
+        mbarrier.wait(stored.index(band), 0)
+        gl.atomic_add(done_ptr + band, 1, sem="release", scope="gpu")
+    while gl.atomic_add(done_ptr + band, 0, sem="acquire", scope="gpu") < gl.minimum(grid, band_size):
+        pass
+
+
+@gluon.jit
+def choices_of(table_ptr, token, T, k, TOP_K: gl.constexpr):
+    """A token's TOP_K entries of a (T, TOP_K) table; past the last token, its entries, which then serve nothing."""
+    return gl.load(table_ptr + gl.minimum(token, T - 1) * TOP_K + k, mask=k < TOP_K, other=0)
+
+
+@gluon.jit
+def next_item(token, block, blocks, grid):
+    """The next block of columns of a token, or the first of this program's next token."""
+    last = block == blocks - 1
+    return gl.where(last, token + grid, token), gl.where(last, 0, block + 1)
+
+
+@gluon.jit
+def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, walk, stored, slots,
+                  TOP_K: gl.constexpr):
+    """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for every grid-th token and
+    all bands but the last.
+
+    Rows and scores are loaded an item ahead of their use, y's rows as many as the ring holds. A thread reads what it
+    copied itself.
+    """
+    STAGES: gl.constexpr = slots.shape[0]
+    CHOICES: gl.constexpr = slots.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([CHOICES, 8], [1, 32], [1, 2], [1, 0])
+    _, column_tiles, band_tiles, _ = walk
+    k = gl.arange(0, CHOICES, layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, layout))
+    program = gl.program_id(0)
+    grid = gl.num_programs(0)
+    blocks = gl.cdiv(band_tiles * _BLOCK_N, _COLUMNS)
+    items = gl.cdiv(gl.maximum(T - program, 0), grid) * blocks
+    for band in range(0, gl.cdiv(column_tiles, band_tiles) - 1):
+        wait_for_band(band, walk, stored, done_ptr)
+        left = band * band_tiles * _BLOCK_N
+        right = left + band_tiles * _BLOCK_N
+        copied = program
+        copied_block = 0
+        copied_stage = 0
+        summed = program
+        summed_block = 0
+        summed_stage = 0
+        rows = choices_of(row_of_slot_ptr, copied, T, k, TOP_K)
+        scores = choices_of(scores_ptr, summed, T, k, TOP_K)
+        for item in range(1 - STAGES, items):
+            after_copied, after_copied_block = next_item(copied, copied_block, blocks, grid)
+            after_rows = choices_of(row_of_slot_ptr, after_copied, T, k, TOP_K)
+            if item >= 0:
+                after_summed, after_summed_block = next_item(summed, summed_block, blocks, grid)
+                after_scores = choices_of(scores_ptr, after_summed, T, k, TOP_K)
+                async_copy.wait_group(STAGES - 2)
+                y = slots.index(summed_stage).load(layout).to(gl.float32)
+                column = left + summed_block * _COLUMNS + c
+                gl.store(out_ptr + summed.to(gl.int64) * D + column,
+                         gl.sum(y * scores[:, None], axis=0).to(gl.bfloat16), mask=column < right)
+                summed = after_summed
+                summed_block = after_summed_block
+                summed_stage = gl.where(summed_stage == STAGES - 1, 0, summed_stage + 1)
+                scores = after_scores
+            column = left + copied_block * _COLUMNS + c
+            inside = (column < right) & (copied < T)
+            async_copy.async_copy_global_to_shared(
+                slots.index(copied_stage), y_ptr + (rows.to(gl.int64) * D)[:, None] + column[None, :],
+                (k < TOP_K)[:, None] & inside[None, :])
+            async_copy.commit_group()
+            copied = after_copied
+            copied_block = after_copied_block
+            copied_stage = gl.where(copied_stage == STAGES - 1, 0, copied_stage + 1)
+            rows = after_rows
+        async_copy.wait_group(0)
+
+
+# -------------------------------------------------------------------------------------------------------- kernel
+@gluon.jit(do_not_specialize=["T", "D8", "F8", "band_tiles"])
+def down_combine_kernel(
+    hidden_desc,  # (R, F) bf16
+    down_desc,  # (E * D, F) bf16
+    y_ptr,  # (R, D) bf16
+    tiles_ptr,  # (X, 5) int32
+    tile_count_ptr,  # (1,) int32
+    D8,
+    F8,
+    row_of_slot_ptr,  # (T, K) int32
+    scores_ptr,  # (T, K) float32
+    out_ptr,  # (T, D) bf16
+    done_ptr,  # (BANDS,) int32, zeros
+    T,
+    band_tiles,
+    TOP_K: gl.constexpr,
+    CHOICES: gl.constexpr,
+):
+    """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8, band_tiles the
+    column tiles of a band, CHOICES the power of 2 from TOP_K on.
+
+    Grid (SMs,), all at once: a program owns every grid-th tile of 128 rows by 256 columns, and every grid-th token.
+    """
+    ring = open_ring(1)
+    stored = open_barriers(_BANDS, _WARPGROUPS)
+    slots = gl.allocate_shared_memory(gl.bfloat16, [_SLOTS // CHOICES, CHOICES, _COLUMNS], _FLAT)
+    D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
+    walk = gl.load(tile_count_ptr), gl.cdiv(D, _BLOCK_N), band_tiles, gl.cdiv(F8 * 8, _BLOCK_K)
+    gl.warp_specialize([
+        (consume, (y_ptr, D, tiles_ptr, walk, ring, stored, 0)),
+        (consume, (y_ptr, D, tiles_ptr, walk, ring, stored, 1)),
+        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, walk, stored, slots, TOP_K)),
+        (produce, (hidden_desc, down_desc, tiles_ptr, walk, D, ring)),
+    ], [4, 2, 1], [208, 88, 88])
+
+
+# ------------------------------------------------------------------------------------------------------ launcher
+def band_tiles_for(D: int) -> int:
+    """Column tiles of a band: an even number, so that the combiner's blocks fill a band, and at most BANDS bands."""
+    tiles = triton.cdiv(D, 256)
+    return triton.cdiv(tiles, 2 * BANDS) * 2
+
+
+def down_combine(
+    hidden_RF: torch.Tensor, down_EDF: torch.Tensor, plan: TilePlan, row_of_slot_TK: torch.Tensor,
+    scores_TK: torch.Tensor, programs: int,
+) -> torch.Tensor:
+    """out_TD: hidden_RF through their experts' down_EDF, and each token's K rows of it, summed with their scores.
+
+    bf16 and contiguous, row_of_slot_TK int32 and scores_TK float32 (T, K), K at most MOST_CHOICES; a plan in tiles of
+    128 rows that no other call has used; programs: the GPU's SMs. Raises ValueError for other shapes, dtypes or plans,
+    and unless D and F are multiples of 8.
+    """
+    (T, K), D, R, device = row_of_slot_TK.shape, down_EDF.shape[1], hidden_RF.shape[0], hidden_RF.device
+    if not 1 <= K <= MOST_CHOICES:
+        raise ValueError(f"row_of_slot_TK has K={K}, but this kernel takes 1 to {MOST_CHOICES} choices")
+    require("row_of_slot_TK", row_of_slot_TK, (T, K), torch.int32, device)
+    require("scores_TK", scores_TK, (T, K), torch.float32, device)
+    y_RD, out_TD = hidden_RF.new_empty(R, D), hidden_RF.new_empty(T, D)
+    if T == 0:
+        return out_TD
+    operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
+    band_tiles = band_tiles_for(D)
+    down_combine_kernel[(programs,)](
+        *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, band_tiles, TOP_K=K,
+        CHOICES=triton.next_power_of_2(K), launch_cooperative_grid=True, **LAUNCH)
+    last_band = (triton.cdiv(D, band_tiles * 256) - 1) * band_tiles * 256
+    return combine(y_RD, row_of_slot_TK, scores_TK, out_TD, last_band)
