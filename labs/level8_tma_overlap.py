@@ -8,10 +8,9 @@ How    kernels in labs/kernels, one job a file, each chosen by the mean rows an 
            producer warp      | TMA weights, cp.async or TMA rows -> ring of 4 stages of 48 KB in shared memory
            consumer warps 0-3 | wait full[s] -> wgmma 64x256x64 -> arrive empty[s]; then SwiGLU, store
            consumer warps 4-7 | the same for the tile's other 64 rows
-           combiner, 2 warps  | down: sum the tokens of the band of columns before
+           spare warps, 2     | up: copy the next tiles' tokens to sorted rows; down: sum the columns done before
        Few rows an expert: weights take wgmma's tall side, each read once. Row tiles of an expert are neighbours in
-       time, so its weights are read from memory once and shared in L2. x is copied to sorted rows before (dispatch)
-       where that costs less than gathering in every load.
+       time, so its weights are read from memory once and shared in L2.
 Costs  gate and up rows interleaved, repacked once in build: hold that copy instead of the canonical one.
        D and F are multiples of 8, E at most 512, bfloat16 or float16.
 Needs  CUDA. sm_90 for TMA and warp roles; sm_80, 86, 89 and 120 run pipelined kernels with cp.async, and say so.

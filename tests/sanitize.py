@@ -24,7 +24,7 @@ from labs.kernels.rounding import plan_rounding
 from labs.kernels.routing import new_arrivals
 from tests.cases import Case
 
-CHOICES = (Choice("few_rows"), Choice("gather"), Choice("spread"), Choice("tall", 16),
+CHOICES = (Choice("few_rows"), Choice("gather"), Choice("ahead"), Choice("spread"), Choice("tall", 16),
            Choice("pipelined", 8, TILES[90]))
 CASES = (Case("odd", T=77, D=264, F=200, E=7, K=3), Case("one token", T=1, D=264, F=200, E=7, K=3),
          Case("one expert has all", T=300, D=264, F=200, E=5, K=1, routing="one_hot"),

@@ -19,7 +19,7 @@ import torch
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import down_combine, grouped_gemm, plain_gemm, tall_gemm, tiles
+from labs.kernels import down_combine, grouped_gemm, plain_gemm, tall_gemm, tiles, up_ahead
 from tests.cases import Case
 from tests.machine_code import ROOT, Compiled, Request, compile_all
 
@@ -121,8 +121,26 @@ def test_bands_cover_every_output_tile_and_count_their_programs(row_tiles, D, pr
             assert (own < band * size + size) == (program in programs_of_band[band])
 
 
-def test_plan_starts_the_bands_at_zero():
-    assert tiles.plan_tiles(offsets([3, 0, 200]), 203).done_B.tolist() == [0] * tiles.BANDS
+def test_plan_starts_its_counters_at_zero():
+    plan = tiles.plan_tiles(offsets([3, 0, 200]), 203)
+    assert plan.ready_X[: int(plan.tile_count)].tolist() == [0] * 3
+    assert plan.begun.tolist() == [0]
+    assert plan.done_B.tolist() == [0] * tiles.BANDS
+
+
+@pytest.mark.parametrize("column_tiles", [1, 3, 16])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=[why.replace(" ", "_") for why in COUNTS])
+def test_rows_are_gathered_in_the_order_in_which_they_are_wanted(counts, column_tiles):
+    """What find_unit reckons, in Python: the first output tile that wants a row tile, and that none wants an earlier
+    one for the first time. So who gathers in turn, up to what is wanted soon, never holds back what is wanted first."""
+    plan = tiles.plan_tiles(offsets(counts), sum(counts), 128, 4)
+    table = plan.tiles_X5[: int(plan.tile_count)].tolist()
+    first_use: dict[int, int] = {}
+    for tile in range(len(table) * column_tiles):
+        first, size = table[tile // column_tiles][3:]
+        first_use.setdefault(first + (tile - first * column_tiles) % size, tile)
+    assert list(first_use) == list(range(len(table)))
+    assert all(first_use[i] == entry[3] * (column_tiles - 1) + i for i, entry in enumerate(table))
 
 
 def test_spread_rows_writes_every_slot_and_nothing_else():
@@ -151,7 +169,7 @@ def test_gate_and_up_alternate_in_blocks_of_8():
 
 def operands(D: int = 256, F: int = 256, dtype: torch.dtype = torch.bfloat16, tile_rows: int = 128) -> dict:
     plan = tiles.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows,
-                          torch.empty(tiles.BANDS, dtype=torch.int32))
+                          *(torch.empty(n, dtype=torch.int32) for n in (3, 1, tiles.BANDS)))
     return {"rows": torch.empty(128, D, dtype=dtype), "gate_up": torch.empty(2, 2 * F, D, dtype=dtype),
             "down": torch.empty(2, D, F, dtype=dtype), "hidden": torch.empty(128, F, dtype=dtype), "plan": plan}
 
@@ -226,6 +244,29 @@ def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
     assert combined[4] == 1024, "the last band is combine's"
 
 
+def test_up_ahead_hands_its_arguments_on_in_their_order(monkeypatch):
+    given, names = {}, up_ahead.up_ahead_kernel.arg_names
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *values, **options: given.update(zip(names, values, strict=True), **options)
+
+    monkeypatch.setattr(up_ahead, "up_ahead_kernel", Recorder())
+    tensors = operands(D=320, F=256)
+    x, gate_up, hidden, plan = (tensors[name] for name in ("rows", "gate_up", "hidden", "plan"))
+    tokens = torch.zeros(128, dtype=torch.int32)
+    up_ahead.up_ahead(x, tokens, gate_up, plan, hidden, 1)
+    for name, tensor in {"x_ptr": x, "token_of_row_ptr": tokens, "ready_ptr": plan.ready_X, "begun_ptr": plan.begun,
+                         "hidden_ptr": hidden, "tiles_ptr": plan.tiles_X5, "tile_count_ptr": plan.tile_count}.items():
+        assert given[name] is tensor, name
+    assert given["rows_desc"].base is given["rows_ptr"]
+    assert given["rows_ptr"].shape == (128, 320)
+    assert given["gate_up_desc"].base.data_ptr() == gate_up.data_ptr()
+    assert (given["D8"], given["F8"], given["launch_cooperative_grid"]) == (40, 32, True)
+    with pytest.raises(ValueError, match="token_of_row_R"):
+        up_ahead.up_ahead(x, tokens.long(), gate_up, plan, hidden, 1)
+
+
 def test_tall_kernels_refuse_a_short_inner_dimension():
     given = operands(D=192, F=192, tile_rows=192)
     with pytest.raises(ValueError, match="D=192"):
@@ -292,6 +333,8 @@ KERNELS = {
 }
 
 
+AHEAD = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "rows_desc": describe(64), "rows_ptr": "*bf16",
+         "ready_ptr": "*i32", "begun_ptr": "*i32", "gate_up_desc": describe(256), "hidden_ptr": "*bf16", **TABLE}
 COMBINE = {**DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
            "T": "i32", "band_tiles": "i32"}
 CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
@@ -299,7 +342,8 @@ CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
 
 def request(kernel: str, constants: dict | None = None) -> Request:
     """A Gluon kernel with its pointers aligned; its integers are not specialised."""
-    file, signature = ("down_combine", COMBINE) if constants else KERNELS[kernel]
+    file, signature = {"down_combine_kernel": ("down_combine", COMBINE), "up_ahead_kernel": ("up_ahead", AHEAD),
+                       **KERNELS}[kernel]
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     return Request(f"{kernel} {constants or ''}", f"labs.kernels.{file}", kernel, signature, constants or {}, aligned,
                    4, 3, options=grouped_gemm.LAUNCH)
@@ -329,17 +373,24 @@ def test_machine_code_is_as_planned(code, kernel):
     assert 4 * stage < found.shared_bytes <= min(4 * stage + 1024, 227 * 1024)
 
 
-@pytest.mark.parametrize("K", CHOICES)
-def test_machine_code_of_down_combine_is_as_planned(K):
-    kernel = request("down_combine_kernel", {"TOP_K": K, "CHOICES": CHOICES[K]})
-    found = compile_all([kernel])[kernel.name]
+SPARE_WARPS = {"up_ahead_kernel": (8, 2), **{f"down_combine_kernel, top {K}": (CHOICES[K], 1) for K in CHOICES}}
+
+
+@pytest.mark.parametrize("name", SPARE_WARPS)
+def test_machine_code_with_spare_warps_is_as_planned(name):
+    copies, counters = SPARE_WARPS[name]
+    kernel, _, K = name.partition(", top ")
+    asked = request(kernel, {"TOP_K": int(K), "CHOICES": CHOICES[int(K)]} if K else None)
+    found = compile_all([asked])[asked.name]
     assert found.count("HGMMA") == 2 * 2 * 4
     assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
     assert found.count("UTMALDG") > 0
-    assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == CHOICES[K], "a token's rows by 16-byte cp.async"
+    assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == copies, "the spare warps' rows by 16-byte cp.async"
     assert found.count(r"STG") == found.count(r"STG\.E\.128") > 0
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
-    assert found.count(r"REDG?\.|ATOMG?\.") == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == 1, "a counter, no sum"
+    atomics = found.count(r"REDG?\.|ATOMG?\.")
+    assert atomics == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
+    assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
     assert found.registers == 168
     assert found.shared_bytes <= 227 * 1024
 
@@ -509,6 +560,8 @@ def check_answers(case: Case) -> None:
     ups = {
         "up_gather": lambda _, h: grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan, h, programs),
         "up_rows": lambda rows, h: with_rows(grouped_gemm.up_rows, plan, rows, h),
+        "up_ahead": lambda _, h: up_ahead.up_ahead(x_TD, token_of_row_R, gate_up, tiles.plan_tiles(offsets_E1, R), h,
+                                                   programs),
     }
     downs = {"down": lambda h, y: grouped_gemm.down(h, weights.down_EDF, plan, y, programs)}
     if cfg.D > tall_gemm.PREFETCHED:
@@ -568,6 +621,7 @@ def check_no_rows() -> None:
         plan = tiles.plan_tiles(offsets_E1, 128, tile_rows)
         if prefix == "":
             grouped_gemm.up_gather(rows, token_of_row_R, weights.gate_up_E2FD, plan, out, programs)
+            up_ahead.up_ahead(rows, token_of_row_R, weights.gate_up_E2FD, plan, out, programs)
         getattr(module, f"{prefix}up_rows")(rows, weights.gate_up_E2FD, plan, out, programs)
         getattr(module, f"{prefix}down")(rows, weights.down_EDF, plan, out, programs)
     torch.cuda.synchronize()

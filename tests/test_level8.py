@@ -35,8 +35,8 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter multiplie
 FITTING = [case for case in CASES if case.D % 8 == 0 and case.F % 8 == 0]
 CHOICES = {"few_rows": Choice("few_rows"), "pipelined": Choice("pipelined", tile=choosing.INTERPRETED)}
 if ON_GPU and torch.cuda.get_device_capability() == (9, 0):
-    CHOICES |= {"gather": Choice("gather"), "spread": Choice("spread", group=8), "tall": Choice("tall", group=16),
-                "pipelined": Choice("pipelined", tile=TILES[90])}
+    CHOICES |= {"gather": Choice("gather"), "ahead": Choice("ahead"), "spread": Choice("spread", group=8),
+                "tall": Choice("tall", group=16), "pipelined": Choice("pipelined", tile=TILES[90])}
 
 
 def prepare(case: Case, device: torch.device):
@@ -120,8 +120,8 @@ BF16 = torch.bfloat16
 
 @pytest.mark.parametrize(("name", "T", "expected"), [
     ("qwen3-30b-a3b", 64, "few_rows"), ("mixtral-8x7b", 256, "few_rows"), ("qwen3-30b-a3b", 16384, "gather 128x256"),
-    ("mixtral-8x7b", 8192, "spread 128x256"), ("deepseek-v3", 4096, "tall 192x256"),
-    ("deepseek-v3", 16384, "spread 128x256"), ("sonic-30b", 32768, "gather 128x256"),
+    ("mixtral-8x7b", 8192, "ahead 128x256"), ("deepseek-v3", 4096, "tall 192x256"),
+    ("deepseek-v3", 16384, "ahead 128x256"), ("sonic-30b", 32768, "ahead 128x256"),
 ])
 def test_the_table_for_hopper(name, T, expected):
     cfg = preset(name)

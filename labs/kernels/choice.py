@@ -3,12 +3,13 @@
     kernels     what they are                                              where
     few_rows    decode.py: weights on wgmma's tall side, read once         sm_90, few rows an expert
     gather      grouped_gemm.py: 128-row tiles, rows gathered as they load sm_90, bfloat16
-    spread      grouped_gemm.py: rows gathered before, then all by TMA     sm_90, bfloat16
+    ahead       up_ahead.py: rows gathered by spare warps, all by TMA      sm_90, bfloat16
+    spread      grouped_gemm.py: rows gathered before, then all by TMA     sm_90, bfloat16, by a search only
     tall        tall_gemm.py: the same in tiles of 192 rows                sm_90, bfloat16, D and F over 192
     pipelined   plain_gemm.py: cp.async ahead of the multiply, no roles    sm_80, 86, 89, 120; float16 on sm_90
 
 How the table for sm_90 was found: every kernel timed on six presets, one run each, on an H200 (labs/LOG.md). Gathering
-while loading slows the up projection by the same share whatever F is; gathering before moves some 2 * R * D values,
+while loading slows the up projection by the same share whatever F is; gathering ahead moves some 2 * R * D values,
 and the up projection takes 4 * R * D * F operations, so it pays from some F on. A tall tile pays where an expert's
 rows fit it whole, so that each weight is read once.
 
@@ -39,7 +40,7 @@ from labs.kernels.tall_gemm import PREFETCHED
 FEW_ROWS = 66  # mean rows an expert up to which the weights' bytes take longer than the arithmetic
 MOST_FEW_ROWS = 128  # beyond which a search does not try few_rows; rounding starts here, and has no work list
 TALL_ROWS = 176  # mean rows an expert up to which most experts fit one tile of 192
-GATHER_WIDTH = 1024  # F up to which gathering in the loads costs less than gathering before
+AHEAD_WIDTH = 1024  # F from which gathering ahead costs less than gathering in the loads
 GROUPS = (8, 32)  # row tiles that walk through their expert's weights together
 INTERPRETED = PlainTile(64, 64, 32, warps=4, stages=2, tma=False)
 SMALL_PIPELINED = PlainTile(64, 128, 64, warps=4, stages=3, tma=False)  # 72 of 99 KB: fits every GPU of the table
@@ -56,7 +57,7 @@ class Choice(NamedTuple):
     tile: PlainTile | None = None
 
     def __str__(self) -> str:
-        rows = {"gather": "128x256", "spread": "128x256", "tall": "192x256"}
+        rows = {"ahead": "128x256", "gather": "128x256", "spread": "128x256", "tall": "192x256"}
         size = f"{self.tile.block_M}x{self.tile.block_N}" if self.tile else rows.get(self.kernels, "")
         return f"{self.kernels} {size}".rstrip()
 
@@ -92,7 +93,7 @@ def from_table(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int) -> C
         return Choice("pipelined", tile=TILES[90])
     if mean <= TALL_ROWS and min(D, F) > PREFETCHED:
         return Choice("tall", group=16)
-    return Choice("gather" if F <= GATHER_WIDTH else "spread")
+    return Choice("ahead" if F >= AHEAD_WIDTH else "gather")
 
 
 def candidates(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int, shared_bytes: int) -> list[Choice]:
@@ -103,7 +104,7 @@ def candidates(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int, shar
         if mean < MOST_FEW_ROWS:
             found.append(Choice("few_rows"))
         if dtype == torch.bfloat16:
-            found += [Choice(kernels, group) for kernels in ("gather", "spread") for group in GROUPS]
+            found += [Choice(kernels, group) for kernels in ("gather", "ahead", "spread") for group in GROUPS]
             if min(D, F) > PREFETCHED:
                 found.append(Choice("tall", group=16))
     tiles = [TILES[sm], SMALL_PIPELINED] + [

@@ -73,7 +73,7 @@ def find_band_tile(tiles_ptr, walk, tile):
     band = inside // gl.maximum(row_tiles * band_tiles, 1)
     first_column = band * band_tiles
     width = gl.minimum(column_tiles - first_column, band_tiles)
-    expert, row, used, column = find_tile(tiles_ptr, inside - first_column * row_tiles, width)
+    expert, row, used, column, _ = find_tile(tiles_ptr, inside - first_column * row_tiles, width)
     past = tile >= total
     return expert, row, gl.where(past, 0, used), first_column + column, gl.where(past, -1, band)
 

@@ -44,11 +44,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # A tensor's suffix is its shape: x_TD is (T, D). In kernels M, N and K are the GEMM tile's axes.
-# Gluon's API as used here and in tall_gemm.py is the same in Triton 3.6 and 3.7.1 but for one thing: 3.6 passes a
-# function through warp_specialize only as a constexpr. So a kernel says `finish: gl.constexpr = store_hidden` first.
+# Gluon's API as used here and in its neighbours is the same in Triton 3.6 and 3.7.1 but for two things: 3.6 passes a
+# function through warp_specialize only as a constexpr, so a kernel says `finish: gl.constexpr = store_hidden` first;
+# and what waits for a role's other threads has another name.
 
 BLOCK_N = 256  # weight rows of a tile: the widest wgmma, so the fewest reads of shared memory
 BLOCK_K = 64  # 128 bytes, one swizzle row
+
+sync_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 _ROWS = gl.constexpr(ROWS)
 _BLOCK_N = gl.constexpr(BLOCK_N)
@@ -87,21 +90,22 @@ _SWAPPED_256, _WIDE_256 = _store_layouts(256)
 # ------------------------------------------------------------------------------------------- which tile is next
 @gluon.jit
 def find_tile(tiles_ptr, tile, column_tiles):
-    """Output tile -> (expert, first row, rows in use, column tile). Row tiles run fastest within a group."""
+    """Output tile -> (expert, first row, rows in use, column tile, row tile). Row tiles run fastest within a group."""
     entry = tiles_ptr + tile // column_tiles * _FIELDS
     group_first = gl.load(entry + 3)
     group_size = gl.load(entry + 4)
     local = tile - group_first * column_tiles
-    entry = tiles_ptr + (group_first + local % group_size) * _FIELDS
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), local // group_size
+    row_tile = group_first + local % group_size
+    entry = tiles_ptr + row_tile * _FIELDS
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), local // group_size, row_tile
 
 
 @gluon.jit
 def find_tile_ahead(tiles_ptr, tile, total, column_tiles):
     """find_tile, with no rows past the last tile: its loads then run a whole tile ahead of their use."""
     inside = gl.maximum(gl.minimum(tile, total - 1), 0)
-    expert, row, used, column = find_tile(tiles_ptr, inside, column_tiles)
-    return expert, row, gl.where(tile < total, used, 0), column
+    expert, row, used, column, row_tile = find_tile(tiles_ptr, inside, column_tiles)
+    return expert, row, gl.where(tile < total, used, 0), column, row_tile
 
 
 @gluon.jit
@@ -155,7 +159,7 @@ def produce_rows(rows_desc, weights_desc, walk, weight_rows, ring):
     stage = 0
     phase = 0
     grid = gl.num_programs(0)
-    expert, row, _, column = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
+    expert, row, _, column, _ = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
     for tile in range(gl.program_id(0), total, grid):
         after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
         weight_row = expert * weight_rows + column * _BLOCK_N
@@ -168,7 +172,7 @@ def produce_rows(rows_desc, weights_desc, walk, weight_rows, ring):
                 tma.async_copy_global_to_shared(rows_desc, [row + wg * _ROWS, k * _BLOCK_K], bar,
                                                 rows.index(stage * _WARPGROUPS + wg))
             stage, phase = next_stage(stage, phase, _STAGES)
-        expert, row, _, column = after
+        expert, row, _, column, _ = after
 
 
 @gluon.jit
@@ -183,7 +187,7 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, weight_row
     stage = 0
     phase = 0
     grid = gl.num_programs(0)
-    expert, row, used, column = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
+    expert, row, used, column, _ = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
     for tile in range(gl.program_id(0), total, grid):
         after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
         weight_row = expert * weight_rows + column * _BLOCK_N
@@ -203,7 +207,7 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, weight_row
             rows0 += _BLOCK_K
             rows1 += _BLOCK_K
             stage, phase = next_stage(stage, phase, _STAGES)
-        expert, row, used, column = after
+        expert, row, used, column, _ = after
 
 
 # ----------------------------------------------------------------------------------------------------- consumers
@@ -243,13 +247,13 @@ def consume(out_ptr, width8, walk, ring, finish: gl.constexpr, WG: gl.constexpr,
     stage = 0
     phase = 0
     grid = gl.num_programs(0)
-    _, row, used, column = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
+    _, row, used, column, _ = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
     for tile in range(gl.program_id(0), total, grid):
         after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
         acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED)
         if used > WG * _ROWS:
             finish(out_ptr, width8 * 8, acc, row + WG * _ROWS, column, row + used)
-        _, row, used, column = after
+        _, row, used, column, _ = after
 
 
 # silu(gate) * up of two elements in float32. One reciprocal serves both: the special functions bound the epilogue.

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from labs.kernels import combine as combining
-from labs.kernels import decode, down_combine, grouped_gemm, plain_gemm, routing, tall_gemm, tiles
+from labs.kernels import decode, down_combine, grouped_gemm, plain_gemm, routing, tall_gemm, tiles, up_ahead
 from labs.kernels.choice import Choice
 from labs.kernels.launch import sm_count
 from labs.kernels.plain_gemm import PlainTile
+
+IN_TILES = ("ahead", "gather", "spread")  # of 128 rows and 256 columns
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 
@@ -73,10 +75,12 @@ def up_in_tiles(
     x: Tensor, token_of_row_R: Tensor, offsets_E1: Tensor, gate_up_E2FD: Tensor, hidden_RF: Tensor, kernels: str,
     group: int,
 ) -> tiles.TilePlan:
-    """Fill hidden_RF by grouped_gemm.py's up kernel, gathering or not; the tiles that down is to take too."""
+    """Fill hidden_RF by one of the up kernels in tiles of 128 rows; the tiles that down is to take too."""
     plan, programs = tiles.plan_tiles(offsets_E1, hidden_RF.shape[0], 128, group), sm_count(x.device)
     if kernels == "gather":
         grouped_gemm.up_gather(x, token_of_row_R, gate_up_E2FD, plan, hidden_RF, programs)
+    elif kernels == "ahead":
+        up_ahead.up_ahead(x, token_of_row_R, gate_up_E2FD, plan, hidden_RF, programs)
     else:
         grouped_gemm.up_rows(x, gate_up_E2FD, plan, hidden_RF, programs)
     return plan
@@ -107,11 +111,11 @@ def experts(
         plan = tiles.plan_tiles(offsets_E1, R, tall_gemm.TILE_ROWS, group)
         tall_gemm.tall_up_rows(x, gate_up_E2FD, plan, hidden_RF, programs)
         tall_gemm.tall_down(hidden_RF, down_EDF, plan, y_RD, programs)
-    elif kernels in ("gather", "spread"):
+    elif kernels in IN_TILES:
         plan = up_in_tiles(x, token_of_row_R, offsets_E1, gate_up_E2FD, hidden_RF, kernels, group)
         grouped_gemm.down(hidden_RF, down_EDF, plan, y_RD, programs)
     else:
-        raise ValueError(f"kernels={kernels!r}: choose few_rows, gather, spread, tall or pipelined")
+        raise ValueError(f"kernels={kernels!r}: choose few_rows, gather, ahead, spread, tall or pipelined")
     return y_RD
 
 
@@ -136,9 +140,8 @@ def experts_combined(
     x: Tensor, token_of_row_R: Tensor, offsets_E1: Tensor, work_W4: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor,
     row_of_slot_TK: Tensor, scores_TK: Tensor, kernels: str, group: int, tile: list[int],
 ) -> Tensor:
-    """combine(experts(...), ...): out_TD. With the kernels `gather` and `spread` most of the sum runs beside the down
-    projection."""
-    if kernels not in ("gather", "spread") or row_of_slot_TK.shape[1] > down_combine.MOST_CHOICES:
+    """combine(experts(...), ...): out_TD. With the kernels IN_TILES most of the sum runs beside the down projection."""
+    if kernels not in IN_TILES or row_of_slot_TK.shape[1] > down_combine.MOST_CHOICES:
         y_RD = experts(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, kernels, group, tile)
         return combining.combine(y_RD, row_of_slot_TK, scores_TK)
     hidden_RF = x.new_empty(token_of_row_R.numel(), down_EDF.shape[2])

@@ -101,8 +101,8 @@ def load_rows(rows_desc, row, k, stage, ring, WG: gl.constexpr, wanted):
 def refill(rows_desc, weights_desc, weight_rows, here, after, k_next, k_steps, stage, phase, ring, WG: gl.constexpr):
     """Release `stage` and load step k_next into it; steps past k_steps are the next tile's first, if there is one."""
     _, _, _, _, free = ring
-    expert, row, used, column = here
-    expert1, row1, used1, column1 = after
+    expert, row, used, column, _ = here
+    expert1, row1, used1, column1, _ = after
     beyond = k_next >= k_steps
     k = gl.where(beyond, k_next - k_steps, k_next)
     used = gl.where(beyond, used1, used)  # 0 where there is no next tile
@@ -133,7 +133,7 @@ def warpgroup(rows_desc, weights_desc, out_ptr, width8, walk, weight_rows, ring,
     first = gl.program_id(0)
     if first < total:
         here = find_tile(tiles_ptr, first, column_tiles)
-        expert, row, used, column = here
+        expert, row, used, column, _row_tile = here
         for s in gl.static_range(_STAGES):
             load_rows(rows_desc, row, s, s, ring, WG, used - WG * _ROWS)
             if WG == 0:
@@ -142,7 +142,7 @@ def warpgroup(rows_desc, weights_desc, out_ptr, width8, walk, weight_rows, ring,
         phase = 0
         for tile in range(first, total, grid):
             after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
-            expert, row, used, column = here
+            expert, row, used, column, _row_tile = here
             if used > WG * _ROWS:
                 acc = gl.zeros([_ROWS, _BLOCK_N], gl.float32, _ACC)
                 wait_full(ring, stage, phase, WG)

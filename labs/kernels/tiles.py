@@ -4,6 +4,8 @@
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
     row_of_slot_TK  (T, K)    token, slot -> row
     tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group
+    ready_X         (X,)      row tile -> its units that up_ahead.py has gathered; zeros
+    begun           (1,)      output tiles that up_ahead.py has begun; zero
     done_B          (4,)      band of columns -> programs that are through with it; zeros, for down_combine.py to count
 
 A group is as many of an expert's row tiles as walk through its weights together, so that they share them in L2.
@@ -34,6 +36,8 @@ def plan_tiles_kernel(
     offsets_ptr,  # (E + 1,) int32
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
+    ready_ptr,  # (X,) int32
+    begun_ptr,  # (1,) int32
     done_ptr,  # (BANDS,) int32
     E,
     BLOCKS: tl.constexpr,
@@ -41,7 +45,7 @@ def plan_tiles_kernel(
     BANDS: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
-    """Write the table of row tiles, BLOCKS * 64 rows each, how many there are, and zeros to done.
+    """Write the table of row tiles, BLOCKS * 64 rows each, how many there are, and zeros to ready, begun and done.
 
     Grid (E,): program e owns the entries of expert e. A group is as many of an expert's row tiles as share weights
     in L2: its tiles in equal parts of at most GROUP.
@@ -55,6 +59,7 @@ def plan_tiles_kernel(
     count = tl.sum(tl.where(e == expert, tiles, 0))
     if expert == E - 1:
         tl.store(tile_count_ptr, first + count)
+        tl.store(begun_ptr, 0)
         tl.store(done_ptr + tl.arange(0, BANDS), tl.zeros([BANDS], tl.int32))
         if first + count == 0:  # the GEMMs look at the first entry even when there is nothing to do
             field = tl.arange(0, 8)
@@ -74,6 +79,7 @@ def plan_tiles_kernel(
         tl.store(entry + 2, tl.minimum(end - row, BLOCKS * 64), mask)
         tl.store(entry + 3, first + group_first, mask)
         tl.store(entry + 4, tl.minimum(size, count - group_first), mask)
+        tl.store(ready_ptr + first + i, tl.zeros_like(i), mask)
 
 
 @triton.jit
@@ -99,11 +105,14 @@ def spread_rows_kernel(
 
 
 class TilePlan(NamedTuple):
-    """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), the rows of a tile, and done_B int32."""
+    """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), the rows of a tile, and counters, int32, for
+    a call of up_ahead.py and one of down_combine.py."""
 
     tiles_X5: torch.Tensor
     tile_count: torch.Tensor
     tile_rows: int
+    ready_X: torch.Tensor
+    begun: torch.Tensor
     done_B: torch.Tensor
 
 
@@ -144,12 +153,12 @@ def plan_tiles(offsets_E1: torch.Tensor, R: int, tile_rows: int = 128, group: in
     if tile_rows < ROWS or tile_rows % ROWS or group < 1:
         raise ValueError(f"tile_rows={tile_rows} group={group}: need a positive multiple of {ROWS}, and at least 1")
     tiles_X5 = offsets_E1.new_empty(triton.cdiv(R, tile_rows) + E, FIELDS)
-    tile_count, done_B = offsets_E1.new_empty(1), offsets_E1.new_empty(BANDS)
+    tile_count, *counters = (offsets_E1.new_empty(n) for n in (1, tiles_X5.shape[0], 1, BANDS))
     plan_tiles_kernel[(E,)](
-        offsets_E1, tiles_X5, tile_count, done_B, E,
+        offsets_E1, tiles_X5, tile_count, *counters, E,
         BLOCKS=tile_rows // ROWS, GROUP=group, BANDS=BANDS, E_POW2=triton.next_power_of_2(E), num_warps=4,
     )
-    return TilePlan(tiles_X5, tile_count, tile_rows, done_B)
+    return TilePlan(tiles_X5, tile_count, tile_rows, *counters)
 
 
 def spread_rows(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, rows_RD: torch.Tensor) -> None:

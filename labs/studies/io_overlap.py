@@ -224,7 +224,7 @@ def produce_noting(rows_desc, weights_desc, walk, weight_rows, ring, log_ptr):
     phase = 0
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        expert, row, _, column = find_tile_ahead(tiles_ptr, tile, total, column_tiles)
+        expert, row, _, column, _ = find_tile_ahead(tiles_ptr, tile, total, column_tiles)
         weight_row = expert * weight_rows + column * _BLOCK_N
         for k in range(k_steps):
             bar = full.index(stage)
@@ -250,7 +250,7 @@ def consume_noting(out_ptr, width8, walk, ring, finish: gl.constexpr, WG: gl.con
     phase = 0
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        _, row, used, column = find_tile_ahead(tiles_ptr, tile, total, column_tiles)
+        _, row, used, column, _ = find_tile_ahead(tiles_ptr, tile, total, column_tiles)
         acc = gl.zeros([_ROWS, _BLOCK_N], gl.float32, _ACC)
         for _ in range(k_steps):
             note(log_ptr, 1 + WG, step, 0)
