@@ -32,7 +32,8 @@ test: $(READY)   ## every test that this machine can run
 
 test-gpu: $(READY)  ## every test, on a machine with a GPU
 	$(PY) -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "needs a CUDA GPU")'
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -m alone
+	$(PY) -m pytest -m "not alone" $(ARGS)
 
 lint: $(READY)   ## style and errors that need no run
 	$(PY) -m ruff check .

@@ -270,15 +270,14 @@ print(time.perf_counter() - start)
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("T", [64, 16384])
 def test_the_first_call_compiles_in_ten_seconds(T, tmp_path):
-    """From an empty cache. Compilation shares its cores with the other tests, so a child that waits is not late."""
+    """From an empty cache."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     found = []
     for _ in range(2):  # then from the cache that the first left
         done = subprocess.run([sys.executable, "-c", FIRST_CALL, str(T)], env=env, text=True, capture_output=True)
         assert not done.returncode, done.stderr
         found.append(float(done.stdout))
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    assert found[0] < 10 * max(1.0, 2 * load), f"{found} seconds at a load of {load:.1f} a core"
-    assert found[1] < found[0]
+    assert found[1] < found[0] < 10, f"{found} seconds"
