@@ -27,14 +27,14 @@ import common.level  # noqa: F401  (picks Triton's interpreter where there is no
 from common.config import MoEConfig, dtype_name
 from common.model import Weights
 from labs.kernels.rounding import LEAST_TILES, MODES, Plan, plan_rounding
-from labs.moe_layer.admission import Admitted, drop_over_capacity, round_choice
+from labs.moe_layer.admission import Admitted, drop_over_capacity, move_factor, round_choice
 from labs.moe_layer.experts import BACKENDS, Backend, Experts, autocast_dtype, choose_backend
 from labs.moe_layer.inference import GraphedForward, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
 from labs.moe_layer.memory import predict_kept_bytes
 from labs.moe_layer.router import Choice, Router
 from labs.moe_layer.rows import SlotRows
-from labs.moe_layer.statistics import LoadRecorder, LoadStats
+from labs.moe_layer.statistics import LoadRecorder, LoadStats, recomputing
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 
@@ -63,11 +63,12 @@ class OptimizedMoELayer(nn.Module):
         Evaluation is always exact: rounding looks at the whole batch, so it is not causal.
     capacity_factor: in training an expert keeps the ceil(factor * T*K/E) rows with the best scores; what is dropped
         passes as zero. None drops nothing. eval_capacity_factor is the same for evaluation.
-    adaptive_capacity: capacity_factor is where training starts; the factor then follows the running mean of the
-        largest load over the mean, between 1 and twice capacity_factor.
+    adaptive_capacity: capacity_factor is where training starts; the factor then follows, at each update_balance(),
+        the running mean of the largest load over the mean, between 1 and twice capacity_factor. The state dict has it
+        as adapted_capacity_factor, a 0-d float32.
     use_io_overlap: level 8's and 9's kernels where they run; off is level 4's path.
     load_balance_weight, z_loss_weight: weights of the two terms of aux_loss.
-    bias_update_rate: above 0, a bias moves with the load at each update_bias() (loss-free balancing). router_bias
+    bias_update_rate: above 0, a bias moves with the load at each update_balance() (loss-free balancing). router_bias
         gives the router such a bias also where nothing moves it.
     gradient_checkpointing: keep x, scores and ids for backward, and compute the experts' forward again.
     shared_ffn_dim: width of a shared expert, 0 for none.
@@ -77,8 +78,8 @@ class OptimizedMoELayer(nn.Module):
         backend makes the host wait: the loop, and grouped_mm in other dtypes than bfloat16.
     collect_stats: keep what stats() tells. Without, evaluation may take the ladder's own router kernel.
     rounding_least_tiles: mean rows an expert, in tiles, below which token rounding turns itself off.
-    balance_group: process group over which loads are summed for the balance loss and update_bias(); None counts this
-        process's alone. With a group the loss is the whole batch's, as one process would have it.
+    balance_group: process group over which loads are summed for the balance loss and update_balance(); None counts
+        this process's alone. With a group the loss is the whole batch's, as one process would have it.
     The router's options are those of labs/moe_layer/router.py.
 
     Raises ValueError, naming the argument, for what cannot be; common.level.Unsupported for a backend that does not
@@ -137,7 +138,9 @@ class OptimizedMoELayer(nn.Module):
         self._config = MoEConfig("layer", hidden_dim, ffn_dim, num_experts, top_k,
                                  "topk_softmax" if scoring == "topk_softmax" else "softmax_topk", renormalize)
         self.recorder = LoadRecorder(tile_size)
-        self._observed_factor: torch.Tensor | None = None
+        if adaptive_capacity:
+            factor = torch.full((), capacity_factor, device=device, dtype=torch.float32)
+            self.register_buffer("adapted_capacity_factor", factor)
         self.hf_kind: str | None = None  # the kind of transformers block it was made from
         self._graphs: GraphedForward | None = None
         self._since_update_E: torch.Tensor | None = None
@@ -176,6 +179,14 @@ class OptimizedMoELayer(nn.Module):
 
         return block_from_layer(self, kind or self.hf_kind, config)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> OptimizedMoELayer:
+        """As of every module (`.to`, `.bfloat16`), but the capacity factor stays float32: its moves are lost in
+        less."""
+        super()._apply(fn, recurse)
+        if self.adaptive_capacity:
+            self.adapted_capacity_factor = self.adapted_capacity_factor.float()
+        return self
+
     # ---- what runs -------------------------------------------------------------------------------
 
     @property
@@ -205,11 +216,24 @@ class OptimizedMoELayer(nn.Module):
         out_TD = self.experts(x_TD, admitted, self.backend.name, self.gradient_checkpointing)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
+        if self.collect_stats or self._balances:
+            self._count(chosen_E, computed_E)
+        return out_TD, choice, chosen_E
+
+    @property
+    def _balances(self) -> bool:
+        """Whether update_balance() has anything to move."""
+        return self.bias_update_rate > 0 or self.adaptive_capacity
+
+    @torch.compiler.disable  # what it keeps grows, which compiled code would be compiled again for
+    def _count(self, chosen_E: torch.Tensor, computed_E: torch.Tensor) -> None:
+        """Keep a forward's loads for stats() and update_balance(): once, though checkpointing runs it twice."""
+        if recomputing():
+            return
         if self.collect_stats:
             self.recorder.record(chosen_E, computed_E, running=self.training)
-        if self.training and self.bias_update_rate:
+        if self.training and self._balances:
             self._since_update_E = chosen_E if self._since_update_E is None else self._since_update_E + chosen_E
-        return out_TD, choice, chosen_E
 
     def _graph_applies(self, x_TD: torch.Tensor) -> bool:
         if not self.cuda_graph or self.training or not x_TD.is_cuda or torch.compiler.is_compiling():
@@ -258,7 +282,7 @@ class OptimizedMoELayer(nn.Module):
         if factor is not None and T:
             chosen_E = count_rows(ids_TK, E)
             if self.training and self.adaptive_capacity:
-                factor = self._adapt_factor(chosen_E)
+                factor = self.adapted_capacity_factor  # read only: a recomputed forward must drop the same rows
             ids_TK = drop_over_capacity(choice.scores_TK, ids_TK, E, factor)
         if rounds:
             rounded = round_choice(choice.probs_TE, ids_TK, plan)
@@ -273,16 +297,6 @@ class OptimizedMoELayer(nn.Module):
 
     def _plan(self, T: int) -> Plan:
         return plan_rounding(self._config, T, self.tile_size, self.token_rounding, self.rounding_least_tiles)
-
-    def _adapt_factor(self, chosen_E: torch.Tensor, momentum: float = 0.9) -> torch.Tensor:
-        """The capacity factor for this step, 0-d on the device: a running mean of the largest load over the mean."""
-        load_E = chosen_E.float()
-        observed = load_E.max() / load_E.mean()
-        if self._observed_factor is None:
-            self._observed_factor = torch.full_like(observed, self.capacity_factor)
-        followed = momentum * self._observed_factor + (1 - momentum) * observed
-        self._observed_factor = followed.clamp(1.0, 2.0 * self.capacity_factor)
-        return self._observed_factor
 
     # ---- balance ---------------------------------------------------------------------------------
 
@@ -301,13 +315,21 @@ class OptimizedMoELayer(nn.Module):
         torch.distributed.all_reduce(rows_E, group=self.balance_group)
         return rows_E
 
+    def update_balance(self) -> None:
+        """Move the router's bias (losses.move_bias) and the adaptive capacity factor (admission.move_factor) by the
+        loads of the training forwards since the last call: call it after each optimizer step. Does nothing if neither
+        is on or there was no training forward."""
+        if self._since_update_E is None:
+            return
+        rows_E, self._since_update_E = self._sum_over_group(self._since_update_E), None
+        if self.bias_update_rate:
+            move_bias(self.gate.e_score_correction_bias, rows_E, self.bias_update_rate)
+        if self.adaptive_capacity:
+            move_factor(self.adapted_capacity_factor, rows_E, self.capacity_factor)
+
     def update_bias(self) -> None:
-        """Move the router's bias by the loads since the last call (see losses.move_bias): call it after each
-        optimizer step. Does nothing if bias_update_rate is 0 or there was no training forward."""
-        if self._since_update_E is not None:
-            move_bias(self.gate.e_score_correction_bias, self._sum_over_group(self._since_update_E),
-                      self.bias_update_rate)
-            self._since_update_E = None
+        """update_balance() by its old name."""
+        self.update_balance()
 
     # ---- statistics ------------------------------------------------------------------------------
 

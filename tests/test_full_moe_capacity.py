@@ -10,7 +10,7 @@ import torch
 from common.config import MoEConfig
 from common.measure import relative_error
 from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
-from labs.moe_layer.admission import drop_over_capacity, round_on_cpu
+from labs.moe_layer.admission import drop_over_capacity, move_factor, round_on_cpu
 from labs.moe_layer.statistics import evenness, gini
 from tests.layers import assert_close, expected, measured, small
 
@@ -65,15 +65,31 @@ def test_evaluation_drops_nothing_unless_asked(device):
 
 
 def test_an_adaptive_capacity_follows_the_load(device):
-    layer, x_TD = small(device, T=256, capacity_factor=1.25, adaptive_capacity=True)
-    even = layer._adapt_factor(torch.full((8,), 64, device=device))
+    factor = torch.tensor(1.25, device=device)
     for _ in range(60):
-        even = layer._adapt_factor(torch.full((8,), 64, device=device))
-    assert even.item() == pytest.approx(1.0, abs=0.01)
+        move_factor(factor, torch.full((8,), 64, device=device), first=1.25)
+    assert factor.item() == pytest.approx(1.0, abs=0.01)
+    move_factor(factor, torch.zeros(8, dtype=torch.int64, device=device), first=1.25)
+    assert factor.item() == pytest.approx(1.0, abs=0.01), "no rows say nothing"
     for _ in range(60):
-        skewed = layer._adapt_factor(torch.tensor([512] + [0] * 7, device=device))
-    assert skewed.item() == pytest.approx(2.5), "twice capacity_factor is the most"
+        move_factor(factor, torch.tensor([512] + [0] * 7, device=device), first=1.25)
+    assert factor.item() == pytest.approx(2.5), "twice capacity_factor is the most"
+
+
+def test_the_layer_drops_by_the_adapted_factor(device):
+    layer, x_TD = small(device, T=256, capacity_factor=0.5, adaptive_capacity=True)
     layer(x_TD)
+    dropped = layer.stats().dropped
+    assert dropped > 0
+    layer(x_TD)
+    assert layer.stats().dropped == dropped, "a forward leaves the factor where it is"
+    for _ in range(60):
+        layer(x_TD)
+        layer.update_balance()
+    layer(x_TD)
+    assert layer.adapted_capacity_factor.item() == pytest.approx(1.0)
+    assert layer.stats().dropped < dropped
+    layer.eval()(x_TD)
     assert layer.stats().dropped == 0
 
 

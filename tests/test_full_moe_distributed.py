@@ -56,7 +56,7 @@ def train(model: nn.Module, moe: OptimizedMoELayer, part: slice) -> None:
         ((out_TD - target_TD).square().mean() + aux_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
-        moe.update_bias()
+        moe.update_balance()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

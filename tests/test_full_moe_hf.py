@@ -116,6 +116,17 @@ def test_state_dicts_go_both_ways(name, device):
     block.load_state_dict(made.state_dict())
 
 
+def test_an_adaptive_capacity_starts_here_and_is_left_behind(device):
+    block = make_block("mixtral", device)
+    layer = OptimizedMoELayer.from_hf(block, capacity_factor=8.0, adaptive_capacity=True)
+    assert layer.adapted_capacity_factor == 8.0
+    x_BSD = torch.randn(3, 11, D, device=device)
+    assert_same(gradients(layer, x_BSD), gradients(block, x_BSD))
+    layer.update_balance()
+    assert layer.adapted_capacity_factor != 8.0
+    assert layer.to_hf().state_dict().keys() == block.state_dict().keys()
+
+
 def test_a_wrong_score_is_noticed(device):
     """The comparison above can fail: renormalising where the block does not is an error of order one."""
     block = make_block("olmoe", device)

@@ -107,7 +107,7 @@ def test_moving_the_bias_evens_out_the_load(device):
     before = layer.stats()
     for _ in range(100):
         layer(x_TD)
-        layer.update_bias()
+        layer.update_balance()
     layer(x_TD)
     after = layer.stats()
     assert before.gini > 0.2

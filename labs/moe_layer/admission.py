@@ -50,6 +50,15 @@ def drop_over_capacity(
     return expert_ids_TK.masked_fill(~kept_R.view_as(expert_ids_TK), E)
 
 
+@torch.no_grad()
+def move_factor(factor: torch.Tensor, rows_E: torch.Tensor, first: float, momentum: float = 0.9) -> None:
+    """factor, a 0-d float32, in place: a running mean of the largest load over the mean load, between 1 and twice
+    `first`. rows_E (E,): rows an expert was chosen for; where there are none the factor stays. No host sync."""
+    load_E = rows_E.to(factor.dtype)
+    followed = momentum * factor + (1 - momentum) * load_E.max() / load_E.mean()
+    factor.copy_(torch.where(load_E.any(), followed.clamp(1.0, 2.0 * first), factor))
+
+
 @torch.compiler.disable
 def round_choice(probs_TE: torch.Tensor, expert_ids_TK: torch.Tensor, plan: Plan) -> Rounded:
     """Token rounding of the choice (see labs/kernels/rounding.py), by its kernels on a GPU and by PyTorch operations

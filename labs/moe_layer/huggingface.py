@@ -72,6 +72,8 @@ def layer_from_block(cls: type[OptimizedMoELayer], block: nn.Module, options: di
     layer = cls(experts.hidden_dim, experts.intermediate_dim, experts.num_experts, gate.top_k,
                 **{**settings, **options, "device": "meta"})
     share_parameters(block, layer)
+    if layer.adaptive_capacity:  # no block has it: it starts here
+        layer.adapted_capacity_factor = torch.full((), layer.capacity_factor, device=gate.weight.device)
     layer.hf_kind = kind
     return layer.train(block.training)
 
@@ -128,10 +130,10 @@ def check_expressible(layer: OptimizedMoELayer, kind: str) -> None:
 
 
 def share_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Put the source's parameters and buffers into the target under the same names. Raises ValueError, naming the
-    tensor, where a name is missing on either side or shapes differ."""
-    tensors = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-    wanted = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+    """Put the source's parameters and buffers into the target under the same names, but what training alone has.
+    Raises ValueError, naming the tensor, where a name is missing on either side or shapes differ."""
+    tensors, wanted = ({name: tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())
+                        if name != "adapted_capacity_factor"} for module in (source, target))
     if tensors.keys() != wanted.keys():
         raise ValueError(f"tensors differ: {', '.join(sorted(tensors.keys() ^ wanted.keys()))}")
     for name, tensor in tensors.items():

@@ -9,6 +9,12 @@ import torch
 # E experts.
 
 
+def recomputing() -> bool:
+    """Whether this runs inside a backward: torch.utils.checkpoint computes a forward again there, of either kind, and
+    what a forward counts has been counted then."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def gini(rows_E: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of all E*E pairs over twice the mean, as a 0-d tensor: 0 if all loads are equal,
     (E-1)/E if one expert has all rows, 0 if there are none. Also of (..., E), over its last dimension."""
@@ -72,7 +78,6 @@ class LoadRecorder:
         self.sums: tuple[torch.Tensor, ...] | None = None
         self.forwards = 0
 
-    @torch.compiler.disable  # what it keeps grows, which compiled code would be compiled again for
     def record(self, chosen_E: torch.Tensor, computed_E: torch.Tensor, running: bool) -> None:
         """chosen_E and computed_E (E,) int64: rows before and after capacity and rounding. `running` adds them to
         the totals."""

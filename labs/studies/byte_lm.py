@@ -6,7 +6,7 @@ Use    run = train(moe_factory(SMALL), SMALL, steps=20)
        moe_factory builds the layer of each block, `factory(hidden_dim) -> nn.Module` with
            output, aux_loss = layer(x, return_aux_loss=True)
            layer.rows_E        (E,) rows an expert was chosen for in the last forward, on the device
-           layer.update_bias() optional, called after each optimizer step
+           layer.update_balance() optional, called after each optimizer step
        Initial weights, batches and their order depend on the seed alone, so that runs differ by their layers only.
        Evaluation is in eval mode: exact top-k, whatever the training routed.
 Costs  Two Python versions have two standard libraries: compare losses within one machine. TrainingRun.text says
@@ -266,8 +266,8 @@ def train(factory: MoEFactory, size: Size = SMALL, *, steps: int = 500, seed: in
         scheduler.step()
         optimizer.zero_grad()
         for block in model.blocks:
-            if hasattr(block.mlp, "update_bias"):
-                block.mlp.update_bias()
+            if hasattr(block.mlp, "update_balance"):
+                block.mlp.update_balance()
         losses.append(loss.detach())
         rows.append(torch.stack([block.mlp.rows_E for block in model.blocks]))
         if after_step is not None:
