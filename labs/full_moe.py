@@ -24,11 +24,11 @@ from torch import nn
 from torch.nn.functional import silu
 
 import common.level  # noqa: F401  (picks Triton's interpreter where there is no GPU)
-from common.config import MoEConfig, dtype_name
+from common.config import MoEConfig
 from common.model import Weights
 from labs.kernels.rounding import LEAST_TILES, MODES, Plan, plan_rounding
 from labs.moe_layer.admission import Admitted, drop_over_capacity, move_factor, round_choice
-from labs.moe_layer.experts import BACKENDS, Backend, Experts, autocast_dtype, choose_backend
+from labs.moe_layer.experts import BACKENDS, Backend, Experts, Sealed
 from labs.moe_layer.inference import GraphedForward, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
 from labs.moe_layer.memory import predict_kept_bytes
@@ -191,12 +191,10 @@ class OptimizedMoELayer(nn.Module):
 
     @property
     def backend(self) -> Backend:
-        """(name, reason): the path that a forward takes on the device and in the dtype that the weights have now.
+        """(name, reason): the path that a forward takes on the device and in the dtype that the weights have now;
+        within FSDP2 a forward asks again, once they have the policy's dtype.
         Raises Unsupported if a backend was asked for by name that does not run here."""
-        weight = self.experts.down_proj
-        dtype = autocast_dtype(weight.device) or weight.dtype
-        return choose_backend(self.wanted_backend, self.use_io_overlap, weight.device, dtype, self.hidden_dim,
-                              self.ffn_dim, self.num_experts)
+        return self.experts.backend(self.wanted_backend, self.use_io_overlap)
 
     def forward(self, x: torch.Tensor, return_aux_loss: bool = False) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """x (B, S, D) or (T, D), T >= 0, in the weights' dtype (any, under autocast) -> output of x's shape; with
@@ -213,7 +211,8 @@ class OptimizedMoELayer(nn.Module):
         """out_TD, what the router said, and rows chosen an expert, (E,)."""
         choice = self.gate(x_TD)
         admitted, chosen_E, computed_E = self.admit(choice)
-        out_TD = self.experts(x_TD, admitted, self.backend.name, self.gradient_checkpointing)
+        out_TD = self.experts(x_TD, Sealed(admitted), self.wanted_backend, self.use_io_overlap,
+                              self.gradient_checkpointing)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         if self.collect_stats or self._balances:
@@ -236,7 +235,8 @@ class OptimizedMoELayer(nn.Module):
             self._since_update_E = chosen_E if self._since_update_E is None else self._since_update_E + chosen_E
 
     def _graph_applies(self, x_TD: torch.Tensor) -> bool:
-        if not self.cuda_graph or self.training or not x_TD.is_cuda or torch.compiler.is_compiling():
+        if not self.cuda_graph or self.training or not x_TD.is_cuda or torch.compiler.is_compiling() \
+                or x_TD.dtype != self.experts.down_proj.dtype:  # which the experts refuse, or autocast converts
             return False
         backend = self.backend.name
         capturable = backend == "kernels" or (backend == "grouped" and x_TD.dtype == torch.bfloat16)  # others sync
@@ -265,12 +265,8 @@ class OptimizedMoELayer(nn.Module):
         if x.dim() not in (2, 3) or x.shape[-1] != self.hidden_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}: give (tokens, {self.hidden_dim}) or "
                              f"(batch, sequence, {self.hidden_dim})")
-        weight = self.experts.down_proj
-        if x.device != weight.device:
-            raise ValueError(f"x is on {x.device}, the layer on {weight.device}")
-        if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
-            raise ValueError(f"x is {dtype_name(x.dtype)}, the layer {dtype_name(weight.dtype)}: convert one, or use "
-                             "torch.autocast")
+        if x.device != self.gate.weight.device:
+            raise ValueError(f"x is on {x.device}, the layer on {self.gate.weight.device}")
 
     def admit(self, choice: Choice) -> tuple[Admitted, torch.Tensor, torch.Tensor]:
         """The rows to compute, and how many each expert was chosen for and gets, (E,) int64."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import grouped_mm, linear, silu
 from torch.utils.checkpoint import checkpoint
 
+from common.config import dtype_name
 from common.level import Unsupported
 from labs.kernels.backward import moe_experts_rounded, moe_experts_sorted, rounded_scores
 from labs.kernels.choice import capability
@@ -181,6 +182,14 @@ def compute_experts(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: to
     return run(x_TD, gate_up_E2FD, down_EDF, admitted)
 
 
+class Sealed:
+    """Admitted rows on their way into a module's forward. FSDP2's MixedPrecisionPolicy casts every float tensor that it
+    finds in the arguments, in tuples and dataclasses too: here it does not find the scores, which stay float32."""
+
+    def __init__(self, admitted: Admitted):
+        self.admitted = admitted
+
+
 class Experts(nn.Module):
     """The experts' weights, named and shaped as Hugging Face transformers v5 has them: gate_up_proj (E, 2F, D), gate
     rows and then up rows; down_proj (E, D, F)."""
@@ -194,6 +203,18 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=hidden_dim**-0.5)
         nn.init.normal_(self.down_proj, std=ffn_dim**-0.5)
 
-    def forward(self, x_TD: torch.Tensor, admitted: Admitted, backend: str, recompute: bool = False) -> torch.Tensor:
-        """(T, D) -> (T, D), as compute_experts has it."""
-        return compute_experts(x_TD, self.gate_up_proj, self.down_proj, admitted, backend, recompute)
+    def backend(self, wanted: str, use_io_overlap: bool) -> Backend:
+        """What choose_backend says of the device and the dtype that the weights have now."""
+        (E, D, F), device = self.down_proj.shape, self.down_proj.device
+        return choose_backend(wanted, use_io_overlap, device, autocast_dtype(device) or self.down_proj.dtype, D, F, E)
+
+    def forward(self, x_TD: torch.Tensor, sealed: Sealed, wanted: str = "auto", use_io_overlap: bool = True,
+                recompute: bool = False) -> torch.Tensor:
+        """(T, D) -> (T, D), as compute_experts has it. Dtypes are looked at here and not by the caller: under FSDP2 the
+        weights have theirs from here on. Raises ValueError for an x of another dtype outside of autocast."""
+        dtype = self.down_proj.dtype
+        if x_TD.dtype != dtype and autocast_dtype(x_TD.device) is None:
+            raise ValueError(f"x is {dtype_name(x_TD.dtype)}, the layer {dtype_name(dtype)}: convert one, or use "
+                             "torch.autocast")
+        return compute_experts(x_TD, self.gate_up_proj, self.down_proj, sealed.admitted,
+                               self.backend(wanted, use_io_overlap).name, recompute)
