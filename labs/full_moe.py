@@ -78,8 +78,10 @@ class OptimizedMoELayer(nn.Module):
         backend makes the host wait: the loop, and grouped_mm in other dtypes than bfloat16.
     collect_stats: keep what stats() tells. Without, evaluation may take the ladder's own router kernel.
     rounding_least_tiles: mean rows an expert, in tiles, below which token rounding turns itself off.
-    balance_group: process group over which loads are summed for the balance loss and update_balance(); None counts
-        this process's alone. With a group the loss is the whole batch's, as one process would have it.
+    balance_group: process group over which loads are summed for the balance loss and update_balance(). With a group
+        the loss is the whole batch's, as one process would have it; None counts this process's loads in the loss, and
+        those of all processes (torch.distributed's default group) in update_balance(), where replicas would drift
+        apart otherwise. Name the group where only some processes hold this layer, as under pipeline parallelism.
     The router's options are those of labs/moe_layer/router.py.
 
     Raises ValueError, naming the argument, for what cannot be; common.level.Unsupported for a backend that does not
@@ -299,14 +301,13 @@ class OptimizedMoELayer(nn.Module):
     def _aux_loss(self, choice: Choice, chosen_E: torch.Tensor) -> torch.Tensor:
         loss = choice.logits_TE.new_zeros(())
         if self.load_balance_weight:
-            loss = loss + self.load_balance_weight * balance_loss(choice.probs_TE, self._sum_over_group(chosen_E))
+            rows_E = chosen_E if self.balance_group is None else self._sum_over_group(chosen_E)
+            loss = loss + self.load_balance_weight * balance_loss(choice.probs_TE, rows_E)
         if self.z_loss_weight:
             loss = loss + self.z_loss_weight * z_loss(choice.logits_TE)
         return loss
 
     def _sum_over_group(self, rows_E: torch.Tensor) -> torch.Tensor:
-        if self.balance_group is None:
-            return rows_E
         rows_E = rows_E.clone()
         torch.distributed.all_reduce(rows_E, group=self.balance_group)
         return rows_E
@@ -314,10 +315,14 @@ class OptimizedMoELayer(nn.Module):
     def update_balance(self) -> None:
         """Move the router's bias (losses.move_bias) and the adaptive capacity factor (admission.move_factor) by the
         loads of the training forwards since the last call: call it after each optimizer step. Does nothing if neither
-        is on or there was no training forward."""
-        if self._since_update_E is None:
+        is on or there was no training forward. Where processes train together each of balance_group calls it, also one
+        that had no forward."""
+        rows_E, self._since_update_E = self._since_update_E, None
+        if self._balances and torch.distributed.is_available() and torch.distributed.is_initialized():
+            none_E = torch.zeros(self.num_experts, dtype=torch.int64, device=self.gate.weight.device)
+            rows_E = self._sum_over_group(none_E if rows_E is None else rows_E)
+        if rows_E is None:
             return
-        rows_E, self._since_update_E = self._sum_over_group(self._since_update_E), None
         if self.bias_update_rate:
             move_bias(self.gate.e_score_correction_bias, rows_E, self.bias_update_rate)
         if self.adaptive_capacity:

@@ -25,6 +25,9 @@ OPTIONS = {
     "plain": {"capacity_factor": None},
     "bias, z-loss, checkpointing": {"capacity_factor": None, "bias_update_rate": 0.01, "z_loss_weight": 0.01,
                                     "gradient_checkpointing": True, "shared_ffn_dim": 16},
+    # A loss of each process's own loads would not be that of the whole. No expert can have more than 4 times the mean.
+    "no group": {"capacity_factor": 8.0, "adaptive_capacity": True, "bias_update_rate": 0.01,
+                 "load_balance_weight": 0.0},
 }
 
 
@@ -35,8 +38,8 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
-        self.moe = OptimizedMoELayer(D, F, E, K, load_balance_weight=0.1, balance_group=group, backend="grouped",
-                                     **options)
+        self.moe = OptimizedMoELayer(D, F, E, K, **{"load_balance_weight": 0.1, **options}, balance_group=group,
+                                     backend="grouped")
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out_TD, aux_loss = self.moe(self.first(x_TD), return_aux_loss=True)
@@ -66,9 +69,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 
-def train_part(rank: int, how: str, options: dict) -> dict[str, torch.Tensor]:
-    """The parameters after training on this process's half of each batch."""
-    model = Model(options, dist.group.WORLD)
+def train_part(rank: int, how: str, name: str) -> dict[str, torch.Tensor]:
+    """The parameters after training with OPTIONS[name] on this process's half of each batch."""
+    model = Model(OPTIONS[name], None if name == "no group" else dist.group.WORLD)
     moe, wrapped = model.moe, model
     if how == "ddp":
         wrapped = DistributedDataParallel(model)
@@ -85,13 +88,13 @@ def train_part(rank: int, how: str, options: dict) -> dict[str, torch.Tensor]:
     return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
-def worker(rank: int, port: int, options: dict, path: str) -> None:
+def worker(rank: int, port: int, name: str, path: str) -> None:
     """One of two processes, for all of HOW, since to start it takes longer than to train; the first leaves what it
     found in `path`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     try:
-        found = {how: train_part(rank, how, options) for how in HOW}
+        found = {how: train_part(rank, how, name) for how in HOW}
         if rank == 0:
             torch.save(found, path)
     finally:
@@ -104,10 +107,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("options", ["plain", "bias, z-loss, checkpointing"])
+@pytest.mark.parametrize("options", OPTIONS)
 def test_two_processes_equal_one(options, tmp_path):
     path = tmp_path / "found.pt"
-    mp.start_processes(worker, (free_port(), OPTIONS[options], str(path)), nprocs=WORLD, start_method="spawn")
+    mp.start_processes(worker, (free_port(), options, str(path)), nprocs=WORLD, start_method="spawn")
     model = Model(OPTIONS[options], None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train(model, model.moe, slice(0, T))
@@ -129,3 +132,13 @@ def test_loads_of_one_process_alone_give_another_loss():
     whole_loss = model(x_TD)[1]
     halves = [model(x_TD[:32])[1], model(x_TD[32:])[1]]
     assert abs(sum(halves) / 2 - whole_loss) > 1e-5 * whole_loss
+
+
+def test_a_process_without_a_forward_takes_part_in_balancing(monkeypatch):
+    """Else the others would wait for it for ever."""
+    layer = OptimizedMoELayer(D, F, E, K, bias_update_rate=0.5)
+    elsewhere_E = torch.tensor([9, 3, 3, 3, 3, 3, 0, 0])
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda rows_E, group: rows_E.add_(elsewhere_E))
+    layer.update_balance()
+    assert layer.gate.e_score_correction_bias.tolist() == [-0.5, 0, 0, 0, 0, 0, 0.5, 0.5]
