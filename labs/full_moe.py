@@ -29,7 +29,7 @@ from common.model import Weights
 from labs.kernels.rounding import LEAST_TILES, MODES, Plan, plan_rounding
 from labs.moe_layer.admission import Admitted, drop_over_capacity, move_factor, round_choice
 from labs.moe_layer.experts import BACKENDS, Backend, Experts, Sealed
-from labs.moe_layer.inference import GraphedForward, build_ladder_layer
+from labs.moe_layer.inference import GraphedForward, build_ladder_experts, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
 from labs.moe_layer.memory import predict_kept_bytes
 from labs.moe_layer.router import Choice, Router
@@ -254,11 +254,21 @@ class OptimizedMoELayer(nn.Module):
 
     def _make_inference_forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The forward that inference records for the weights as they are."""
-        if self.collect_stats or self.eval_capacity_factor is not None or self.backend.name != "kernels" \
-                or not self.gate.is_plain:
+        if self.eval_capacity_factor is not None or self.backend.name != "kernels":
             return lambda x_TD: self._forward(x_TD)[0]
         weights = Weights(self.gate.weight, self.experts.gate_up_proj, self.experts.down_proj)
-        routed = build_ladder_layer(self._config, weights)
+        if self.gate.is_plain and not self.collect_stats and self.gate.weight.dtype == self.experts.down_proj.dtype:
+            routed = build_ladder_layer(self._config, weights)
+        else:
+            experts = build_ladder_experts(weights.gate_up_E2FD, weights.down_EDF)
+
+            def routed(x_TD: torch.Tensor) -> torch.Tensor:
+                choice = self.gate(x_TD)
+                if self.collect_stats:
+                    rows_E = count_rows(choice.expert_ids_TK, self.num_experts)
+                    self._count(rows_E, rows_E)
+                return experts(x_TD, choice.scores_TK, choice.expert_ids_TK)
+
         if self.shared_experts is None:
             return routed
         return lambda x_TD: routed(x_TD) + self.shared_experts(x_TD)

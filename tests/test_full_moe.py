@@ -16,7 +16,7 @@ from labs import full_moe_benchmark, train_byte_lm
 from labs.full_moe import OptimizedMoELayer
 from labs.moe_layer import experts as experts_module
 from labs.moe_layer.admission import drop_over_capacity
-from labs.moe_layer.experts import BACKENDS, compute_experts, why_not_kernels
+from labs.moe_layer.experts import BACKENDS, Backend, compute_experts, why_not_kernels
 from labs.moe_layer.memory import measure_kept_bytes
 from labs.moe_layer.rows import SlotRows
 from labs.studies import study
@@ -285,13 +285,44 @@ def test_presets(device):
         inference.stats()
 
 
+ROUTERS = [{"scoring": "sigmoid"}, {"temperature": 2.0}, {"renormalize": False, "router_bias": True},
+           {"scoring": "topk_softmax", "collect_stats": True},
+           {"scoring": "sigmoid", "num_groups": 4, "top_groups": 2, "score_scale": 2.5, "router_bias": True,
+            "shared_ffn_dim": 16}]
+
+
+def give_a_bias(layer: OptimizedMoELayer) -> None:
+    """A router bias that changes the choice, where there is one."""
+    bias_E = layer.gate.e_score_correction_bias
+    if bias_E is not None:
+        bias_E.copy_(torch.randn(bias_E.shape, generator=torch.Generator().manual_seed(4)) * 0.2)
+
+
+@pytest.mark.parametrize("options", ROUTERS, ids=str)
+@pytest.mark.parametrize("T", [37, 280])  # level 8's kernels for few rows, and for many
+def test_inference_runs_level_8_behind_any_router(T, options, device, monkeypatch):
+    """What a graph would record, run as it is: in the interpreter where there is no GPU."""
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    torch.manual_seed(0)
+    layer = OptimizedMoELayer.for_inference(32, 24, 8, 2, **options).to(device, dtype)
+    give_a_bias(layer)
+    x_TD = torch.randn(T, 32, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    expected_TD = copy.deepcopy(layer).float()(x_TD.float()).double()
+    monkeypatch.setattr(OptimizedMoELayer, "backend", Backend("kernels", "as if on a GPU"))
+    monkeypatch.setitem(experts_module.BACKENDS, "kernels", None)  # level 9's forward would write H
+    found_TD = layer._make_inference_forward()(x_TD)
+    assert relative_error(found_TD, expected_TD) < BOUNDS[dtype]
+    assert not options.get("collect_stats") or sum(layer.stats().rows_per_expert) == 2 * T
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"collect_stats": True}, {"scoring": "sigmoid"}, {"shared_ffn_dim": 64},
-                                     {"backend": "grouped"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"collect_stats": True}, {"shared_ffn_dim": 64}, {"backend": "grouped"},
+                                     *ROUTERS], ids=str)
 @pytest.mark.parametrize("T", [1, 64, 3000])
 def test_graphed_inference_answers_other_tokens_and_weights(T, options, device):
     made = {"device": device, "dtype": torch.bfloat16}
     layer = OptimizedMoELayer.for_inference(256, 128, 16, 4, **options, **made)
+    give_a_bias(layer)
     plain = copy.deepcopy(layer)
     plain.cuda_graph = False
     for seed in range(3):

@@ -192,6 +192,18 @@ def test_no_tokens(device):
     assert found.expert_ids_TK.shape == found.scores_TK.shape == (0, 3)
 
 
+@pytest.mark.parametrize("counts", [(0, 0, 0), (1,), (16, 0, 17, 200, 0), (0, 3, 32)], ids=str)
+def test_the_work_list_of_rows_sorted_elsewhere(counts, device):
+    E, ids = len(counts), [e for e, count in enumerate(counts) for _ in range(count)]
+    expert_ids_TK = torch.tensor(ids, dtype=torch.int64).view(-1, 1)
+    expected = slow_routing(expert_ids_TK, E, ROW_TILE)
+    work_W4 = routing.list_work(expected["offsets_E1"].to(device), len(ids), ROW_TILE).cpu()
+    tiles = len(expected["work_W4"])
+    assert work_W4.shape == (routing.work_entries(len(ids), E, ROW_TILE), 4)
+    assert work_W4[-1, 0] == tiles
+    assert torch.equal(work_W4[:tiles], expected["work_W4"])
+
+
 def test_the_work_list_is_as_long_as_the_worst_case_needs():
     for R, E, row_tile in ((1, 8, 16), (7, 8, 16), (64, 8, 16), (65, 3, 16), (100, 1, 32), (33, 4, 1)):
         busy = min(R, E)
@@ -538,6 +550,13 @@ def test_machine_code_of_routing(path, launches):
                       routing.scores_sum_to_one(cfg))
     for name, code in launches.compile().items():
         check_code(name, code, tma=name.startswith("logits"))
+
+
+def test_machine_code_of_the_work_list(launches):
+    for E in (8, 128, 512):
+        routing.list_work(meta(E + 1, dtype=torch.int32), 64 * E, 80)
+    for name, code in launches.compile().items():
+        check_code(name, code, tma=False)
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 120])

@@ -32,6 +32,7 @@ from labs.kernels.routing_kernels import (
     logits_kernel,
     place_kernel,
     route_and_place_kernel,
+    work_kernel,
 )
 
 import triton
@@ -88,6 +89,18 @@ def work_entries(R: int, E: int, row_tile: int) -> int:
     """W: the most row tiles that R rows can need, however they fall on E experts, and one entry for their number."""
     busy = min(E, R)
     return busy + (R - busy) // row_tile + 1
+
+
+def list_work(offsets_E1: torch.Tensor, R: int, row_tile: int) -> torch.Tensor:
+    """work_W4 of R rows that were sorted elsewhere, as by backward_sort.py. offsets_E1 (E + 1,) int32, the last one R.
+    No host sync. Raises ValueError where arguments do not fit."""
+    E, device = offsets_E1.numel() - 1, offsets_E1.device
+    require("offsets_E1", offsets_E1, (max(E, 1) + 1,), torch.int32, device)
+    W = work_entries(R, E, row_tile)
+    work_W4 = torch.empty(W, 4, dtype=torch.int32, device=device)
+    work_kernel[(min(8, W),)](offsets_E1, work_W4, E, W, ROW_TILE=row_tile, BLOCK_E=expert_block(E),
+                              PDL=early_launch(device), num_warps=4, **launch_options(device))
+    return work_W4
 
 
 def new_arrivals(device: torch.device | str) -> torch.Tensor:

@@ -13,6 +13,8 @@ How    No sort. A token never picks one expert twice, so the rank of a slot (tok
                    place_kernel             the third, one program a group of 256 tokens
        2 launches  logits_and_choose_kernel both first steps without leaving registers, then place_kernel
 
+       Behind another router, whose choice backward_sort.py sorts, work_kernel writes the work list alone.
+
 routing.py says what each index array maps, and launches them.
 """
 
@@ -188,6 +190,28 @@ def store_work(
         tl.store(entry + 3, first_tile, mask=m < tiles)
     if first == 0:
         tl.store(work_ptr + (W - 1) * 4, tl.sum(tiles, 0))
+
+
+@triton.jit
+def work_kernel(
+    offsets_ptr,  # (E + 1,) int32
+    work_ptr,  # (W, 4) int32
+    E, W,
+    ROW_TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The work list of rows that were sorted elsewhere. Int32 throughout.
+
+    Grid (programs,): program p owns the row tiles p, p + programs, ... of every expert.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    e = tl.arange(0, BLOCK_E)
+    first_row = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    end_row = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
+    store_work(work_ptr, W, e, first_row, end_row - first_row, tl.program_id(0), tl.num_programs(0), ROW_TILE)
 
 
 @triton.jit

@@ -148,7 +148,7 @@ def choose_backend(wanted: str, use_io_overlap: bool, device: torch.device, dtyp
         raise Unsupported(f"backend='kernels': {missing}; backend='auto' takes what there is")
     if wanted == "kernels" or (wanted == "auto" and use_io_overlap and not missing):
         why = "asked for by name" if wanted == "kernels" else "use_io_overlap, and they run here"
-        return Backend("kernels", f"{why}: level 9's, or level 8's in a graph for inference behind a plain router")
+        return Backend("kernels", f"{why}: level 9's, or level 8's in a graph for inference")
     if wanted == "loop":
         return Backend("loop", "asked for by name: the baseline, slow on purpose")
     how = why_not_grouped_mm(dtype, device, D, F)

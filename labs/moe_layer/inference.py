@@ -3,8 +3,9 @@
 First call at a T: run it on the side, so that kernels compile, then capture. Each call: copy x into the captured input,
 one replay, the captured output. The output is the graph's own buffer: the next call at that T overwrites it.
 
-Where the router is the plain one (softmax and top-k), no expert has a capacity and no statistics are asked for, what is
-recorded is the ladder's own layer, whose router is a kernel too; it keeps gate_up a second time, in its own order.
+What is recorded is level 8, unless experts have a capacity: its experts behind the layer's own router, or, where that
+is the plain one (softmax and top-k) and no statistics are asked for, the whole of it, whose router is a kernel too.
+Level 8 keeps gate_up a second time, in its own order; level 9's forward would write what only a backward needs.
 """
 
 from __future__ import annotations
@@ -18,18 +19,51 @@ import torch
 from common.config import MoEConfig
 from common.model import Weights
 from labs import level8_tma_overlap
+from labs.kernels import decode
+from labs.kernels.backward_sort import sort_rows
+from labs.kernels.choice import Choice, Chooser
+from labs.kernels.launch import sm_count
+from labs.kernels.routing import Routing, list_work
+from labs.kernels.tiles import interleave_gate_up
 
-# T tokens, D model width.
+# T tokens, D model width, F expert width, E experts, K top-k, R = T*K rows.
 
 MAX_GRAPHS = 16  # one a token count; the least recently used goes first
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+RoutedForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_ladder_layer(cfg: MoEConfig, weights: Weights) -> Forward:
     """Level 8's layer, router included, without its own graphs: x_TD -> out_TD."""
     built = level8_tma_overlap.build(cfg, weights)
     return lambda x_TD: built.forward(x_TD)[0]
+
+
+def build_ladder_experts(gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor) -> RoutedForward:
+    """Level 8's experts behind any router: (x_TD, scores_TK, expert_ids_TK) -> out_TD, without gradients.
+
+    The weights, as Experts has them, and x in bfloat16 or float16; scores float32; ids int32 or int64 in 0..E-1, no
+    expert twice in a row of them. D and F are multiples of 8, E at most 512.
+    """
+    E, D, F = down_EDF.shape
+    packed = Weights(down_EDF.new_empty(0), interleave_gate_up(gate_up_E2FD), down_EDF)  # the router stays outside
+    choose = Chooser(D, F, E, down_EDF.dtype, down_EDF.device)
+
+    def run(x_TD: torch.Tensor, scores_TK: torch.Tensor, expert_ids_TK: torch.Tensor, choice: Choice) -> torch.Tensor:
+        offsets_E1, token_of_row_R, row_of_slot_TK = sort_rows(expert_ids_TK, E)
+        R, work_W4 = expert_ids_TK.numel(), offsets_E1.new_empty(0, 4)
+        if choice.kernels == "few_rows":
+            work_W4 = list_work(offsets_E1, R, decode.tiles_for(R, D, F, E, sm_count(x_TD.device)).row_tile)
+        routed = Routing(expert_ids_TK, scores_TK, offsets_E1, token_of_row_R, row_of_slot_TK, work_W4)
+        rows = level8_tma_overlap.dispatch(x_TD, row_of_slot_TK, choice)
+        return level8_tma_overlap.experts_combined(rows, routed, packed, choice)
+
+    def forward(x_TD: torch.Tensor, scores_TK: torch.Tensor, expert_ids_TK: torch.Tensor) -> torch.Tensor:
+        routed = x_TD, scores_TK, expert_ids_TK
+        return run(*routed, choose(expert_ids_TK.numel(), lambda tried: run(*routed, tried)))
+
+    return forward
 
 
 def version(tensor: torch.Tensor) -> int:
