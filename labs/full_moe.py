@@ -29,12 +29,12 @@ from common.model import Weights
 from labs.kernels.rounding import LEAST_TILES, MODES, Plan, plan_rounding
 from labs.moe_layer.admission import Admitted, drop_over_capacity, move_factor, round_choice
 from labs.moe_layer.experts import BACKENDS, Backend, Experts, Sealed
-from labs.moe_layer.inference import GraphedForward, build_ladder_experts, build_ladder_layer
+from labs.moe_layer.inference import Forward, GraphedForward, build_ladder_experts, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
 from labs.moe_layer.memory import predict_kept_bytes
 from labs.moe_layer.router import Choice, Router
 from labs.moe_layer.rows import SlotRows
-from labs.moe_layer.statistics import LoadRecorder, LoadStats, recomputing
+from labs.moe_layer.statistics import LoadRecorder, Loads, LoadStats, recomputing
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 
@@ -205,30 +205,33 @@ class OptimizedMoELayer(nn.Module):
         x_TD = x.reshape(-1, self.hidden_dim)
         if self._graph_applies(x_TD) and not return_aux_loss:
             return self._graphed(x_TD).view(x.shape)
-        out_TD, choice, chosen_E = self._forward(x_TD)
+        out_TD, choice, loads = self._forward(x_TD)
+        self._count(loads)
         output = out_TD.view(x.shape)
-        return (output, self._aux_loss(choice, chosen_E)) if return_aux_loss else output
+        return (output, self._aux_loss(choice, loads[0])) if return_aux_loss else output
 
-    def _forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Choice, torch.Tensor]:
-        """out_TD, what the router said, and rows chosen an expert, (E,)."""
+    def _forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Choice, Loads]:
+        """out_TD, what the router said, and the loads."""
         choice = self.gate(x_TD)
         admitted, chosen_E, computed_E = self.admit(choice)
         out_TD = self.experts(x_TD, Sealed(admitted), self.wanted_backend, self.use_io_overlap,
                               self.gradient_checkpointing)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
-        if self.collect_stats or self._balances:
-            self._count(chosen_E, computed_E)
-        return out_TD, choice, chosen_E
+        return out_TD, choice, (chosen_E, computed_E)
 
     @property
     def _balances(self) -> bool:
         """Whether update_balance() has anything to move."""
         return self.bias_update_rate > 0 or self.adaptive_capacity
 
-    @torch.compiler.disable  # what it keeps grows, which compiled code would be compiled again for
-    def _count(self, chosen_E: torch.Tensor, computed_E: torch.Tensor) -> None:
+    def _count(self, loads: Loads) -> None:
         """Keep a forward's loads for stats() and update_balance(): once, though checkpointing runs it twice."""
+        if self.collect_stats or self._balances:
+            self._keep(*loads)
+
+    @torch.compiler.disable  # what it keeps grows, which compiled code would be compiled again for
+    def _keep(self, chosen_E: torch.Tensor, computed_E: torch.Tensor) -> None:
         if recomputing():
             return
         if self.collect_stats:
@@ -237,8 +240,9 @@ class OptimizedMoELayer(nn.Module):
             self._since_update_E = chosen_E if self._since_update_E is None else self._since_update_E + chosen_E
 
     def _graph_applies(self, x_TD: torch.Tensor) -> bool:
-        if not self.cuda_graph or self.training or not x_TD.is_cuda or torch.compiler.is_compiling() \
-                or x_TD.dtype != self.experts.down_proj.dtype:  # which the experts refuse, or autocast converts
+        if not self.cuda_graph or self.training or not x_TD.is_cuda or torch.compiler.is_compiling():
+            return False
+        if x_TD.shape[0] == 0 or x_TD.dtype != self.experts.down_proj.dtype:  # nothing to do, or to be refused
             return False
         backend = self.backend.name
         capturable = backend == "kernels" or (backend == "grouped" and x_TD.dtype == torch.bfloat16)  # others sync
@@ -250,28 +254,35 @@ class OptimizedMoELayer(nn.Module):
         if self._graphs is None:
             self._graphs = GraphedForward(self._make_inference_forward,
                                           lambda: [*self.parameters(), *self.buffers()])
-        return self._graphs(x_TD)
+        out_TD, loads = self._graphs(x_TD)
+        if loads is not None:
+            self._count(loads)
+        return out_TD
 
-    def _make_inference_forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _make_inference_forward(self) -> Forward:
         """The forward that inference records for the weights as they are."""
         if self.eval_capacity_factor is not None or self.backend.name != "kernels":
-            return lambda x_TD: self._forward(x_TD)[0]
+            return lambda x_TD: self._forward(x_TD)[::2]
         weights = Weights(self.gate.weight, self.experts.gate_up_proj, self.experts.down_proj)
         if self.gate.is_plain and not self.collect_stats and self.gate.weight.dtype == self.experts.down_proj.dtype:
-            routed = build_ladder_layer(self._config, weights)
+            layer = build_ladder_layer(self._config, weights)
+
+            def routed(x_TD: torch.Tensor) -> tuple[torch.Tensor, None]:
+                return layer(x_TD), None
         else:
             experts = build_ladder_experts(weights.gate_up_E2FD, weights.down_EDF)
 
-            def routed(x_TD: torch.Tensor) -> torch.Tensor:
+            def routed(x_TD: torch.Tensor) -> tuple[torch.Tensor, Loads | None]:
                 choice = self.gate(x_TD)
-                if self.collect_stats:
-                    rows_E = count_rows(choice.expert_ids_TK, self.num_experts)
-                    self._count(rows_E, rows_E)
-                return experts(x_TD, choice.scores_TK, choice.expert_ids_TK)
+                rows_E = count_rows(choice.expert_ids_TK, self.num_experts) if self.collect_stats else None
+                out_TD = experts(x_TD, choice.scores_TK, choice.expert_ids_TK)
+                return out_TD, None if rows_E is None else (rows_E, rows_E)
 
-        if self.shared_experts is None:
-            return routed
-        return lambda x_TD: routed(x_TD) + self.shared_experts(x_TD)
+        def forward(x_TD: torch.Tensor) -> tuple[torch.Tensor, Loads | None]:
+            out_TD, loads = routed(x_TD)
+            return out_TD if self.shared_experts is None else out_TD + self.shared_experts(x_TD), loads
+
+        return forward
 
     def _check(self, x: torch.Tensor) -> None:
         if x.dim() not in (2, 3) or x.shape[-1] != self.hidden_dim:

@@ -310,9 +310,10 @@ def test_inference_runs_level_8_behind_any_router(T, options, device, monkeypatc
     expected_TD = copy.deepcopy(layer).float()(x_TD.float()).double()
     monkeypatch.setattr(OptimizedMoELayer, "backend", Backend("kernels", "as if on a GPU"))
     monkeypatch.setitem(experts_module.BACKENDS, "kernels", None)  # level 9's forward would write H
-    found_TD = layer._make_inference_forward()(x_TD)
+    found_TD, loads = layer._make_inference_forward()(x_TD)
     assert relative_error(found_TD, expected_TD) < BOUNDS[dtype]
-    assert not options.get("collect_stats") or sum(layer.stats().rows_per_expert) == 2 * T
+    assert (loads is not None) == layer.collect_stats
+    assert loads is None or all(rows_E.sum() == 2 * T for rows_E in loads)
 
 
 @pytest.mark.gpu
@@ -345,6 +346,17 @@ def test_graphs_recorded_in_inference_mode_serve_outside_of_it(device):
         first = layer(torch.randn(64, 256, **made)).clone()
     assert first.isfinite().all()
     assert layer(torch.randn(64, 256, **made)).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"backend": "grouped"}, {"eval_capacity_factor": 1.0}], ids=str)
+def test_stats_tell_the_last_replay(options, device):
+    """Not the last capture."""
+    made = {"device": device, "dtype": torch.bfloat16}
+    layer = OptimizedMoELayer.for_inference(256, 128, 16, 4, collect_stats=True, **options, **made)
+    for T in (64, 128, 64, 0, 128):
+        layer(torch.randn(T, 256, **made))
+        assert sum(layer.stats().rows_per_expert) == 4 * T
 
 
 @pytest.mark.gpu

@@ -25,16 +25,17 @@ from labs.kernels.choice import Choice, Chooser
 from labs.kernels.launch import sm_count
 from labs.kernels.routing import Routing, list_work
 from labs.kernels.tiles import interleave_gate_up
+from labs.moe_layer.statistics import Loads
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K rows.
 
 MAX_GRAPHS = 16  # one a token count; the least recently used goes first
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[[torch.Tensor], tuple[torch.Tensor, Loads | None]]  # x_TD -> out_TD, and what stats() is to tell
 RoutedForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def build_ladder_layer(cfg: MoEConfig, weights: Weights) -> Forward:
+def build_ladder_layer(cfg: MoEConfig, weights: Weights) -> Callable[[torch.Tensor], torch.Tensor]:
     """Level 8's layer, router included, without its own graphs: x_TD -> out_TD."""
     built = level8_tma_overlap.build(cfg, weights)
     return lambda x_TD: built.forward(x_TD)[0]
@@ -72,11 +73,11 @@ def version(tensor: torch.Tensor) -> int:
 
 
 class Replay(NamedTuple):
-    """A captured forward and its buffers."""
+    """A captured forward, its input and what it returned."""
 
     graph: torch.cuda.CUDAGraph
     x_TD: torch.Tensor
-    out_TD: torch.Tensor
+    found: tuple[torch.Tensor, Loads | None]
 
 
 class GraphedForward:
@@ -100,15 +101,13 @@ class GraphedForward:
 
     @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
     @torch.no_grad()
-    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """x_TD (T, D) on the weights' GPU -> out_TD, the graph's own buffer."""
+    def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Loads | None]:
+        """x_TD (T, D), T >= 1, on the weights' GPU -> what the forward returns, in the graph's own buffers."""
         T = x_TD.shape[0]
         state = tuple((tensor.data_ptr(), version(tensor)) for tensor in self.weights())
         if state != self.state:
             self._forget()
             self.state, self.forward = state, self.make_forward()
-        if T == 0:
-            return torch.empty_like(x_TD)
         if T not in self.replays:
             self.replays[T] = self._capture(x_TD)
             if len(self.replays) > MAX_GRAPHS:
@@ -117,7 +116,7 @@ class GraphedForward:
         replay = self.replays[T]
         replay.x_TD.copy_(x_TD)
         replay.graph.replay()
-        return replay.out_TD
+        return replay.found
 
     def _capture(self, x_TD: torch.Tensor) -> Replay:
         own_x_TD = x_TD.detach().clone(memory_format=torch.contiguous_format)
@@ -129,5 +128,5 @@ class GraphedForward:
         torch.cuda.current_stream(x_TD.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out_TD = self.forward(own_x_TD)
-        return Replay(graph, own_x_TD, out_TD)
+            found = self.forward(own_x_TD)
+        return Replay(graph, own_x_TD, found)

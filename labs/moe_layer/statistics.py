@@ -8,6 +8,8 @@ import torch
 
 # E experts.
 
+Loads = tuple[torch.Tensor, torch.Tensor]  # rows chosen and rows computed an expert, (E,) int64 each
+
 
 def recomputing() -> bool:
     """Whether this runs inside a backward: torch.utils.checkpoint computes a forward again there, of either kind, and
@@ -73,8 +75,8 @@ class LoadRecorder:
 
     def reset(self) -> None:
         """Forget all forwards."""
-        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.last: Loads | None = None
+        self.pending: list[Loads] = []
         self.sums: tuple[torch.Tensor, ...] | None = None
         self.forwards = 0
 
@@ -95,7 +97,7 @@ class LoadRecorder:
             self.forwards += len(self.pending)
             self.pending = []
 
-    def _measure(self, forwards: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    def _measure(self, forwards: list[Loads]) -> tuple[torch.Tensor, ...]:
         """Summed over forwards: loads (E,), the four of `evenness`, and dropped, added, padded rows."""
         chosen_NE, computed_NE = (torch.stack(rows) for rows in zip(*forwards, strict=True))
         change_NE = computed_NE - chosen_NE
