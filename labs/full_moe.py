@@ -84,6 +84,9 @@ class OptimizedMoELayer(nn.Module):
         apart otherwise. Name the group where only some processes hold this layer, as under pipeline parallelism.
     The router's options are those of labs/moe_layer/router.py.
 
+    Where both experts' weights have a `main_grad`, float32 in the weight's shape, a backward adds their gradients to
+    it, without rounding, and leaves their `grad` as it is.
+
     Raises ValueError, naming the argument, for what cannot be; common.level.Unsupported for a backend that does not
     run here.
     """

@@ -67,7 +67,7 @@ def test_the_comparison_finds_faults(fault, device, monkeypatch):
     wanted = expected(layer, x_TD, grad_TD, mask_of(layer.gate(x_TD).expert_ids_TK, 8))
     original = experts_module.BACKENDS["grouped"]
 
-    def faulty(x, gate_up, down, admitted):
+    def faulty(x, gate_up, down, admitted, main_grads):
         if fault == "swapped gate and up":
             gate_up = gate_up.roll(24, dims=1)
         elif fault == "skipped score":
@@ -453,7 +453,7 @@ def test_the_breakdown_is_measured_saved_and_drawn_again(mode, tmp_path, capsys)
 
 def test_a_wrong_row_of_the_breakdown_gets_no_time(tmp_path, monkeypatch, capsys):
     original = experts_module.BACKENDS["grouped"]
-    monkeypatch.setitem(experts_module.BACKENDS, "grouped", lambda x, gate_up, down, admitted: original(
+    monkeypatch.setitem(experts_module.BACKENDS, "grouped", lambda x, gate_up, down, admitted, main_grads: original(
         x, gate_up.roll(96, dims=1), down, admitted))
     assert study.main(full_moe_benchmark.STUDY, ["--quick", "--out", str(tmp_path)]) == 1
     assert "+ grouped GEMM: " in capsys.readouterr().err

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from common.measure import relative_error
 from labs.full_moe import OptimizedMoELayer
+from labs.moe_layer.experts import compute_experts
 from tests.layers import small
 
 # ---- torch.utils.checkpoint around the whole layer ------------------------------------------------
@@ -59,6 +61,76 @@ def test_checkpointing_changes_no_gradient_and_counts_nothing_twice(options, ree
         assert torch.equal(buffers[name], buffer), name
     if layer.adaptive_capacity:
         assert layer.adapted_capacity_factor != layer.capacity_factor, "nothing to test"
+
+
+# ---- main grads ----------------------------------------------------------------------------------
+
+def give_main_grads(layer: OptimizedMoELayer) -> list[torch.Tensor]:
+    """Buffers that hold something already."""
+    for weight in layer.experts.parameters():
+        weight.main_grad = torch.ones(weight.shape, device=weight.device)
+    return [weight.main_grad for weight in layer.experts.parameters()]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"backend": "loop"},
+                                     {"capacity_factor": 0.75}, {"token_rounding": "nearest", "tile_size": 4}], ids=str)
+def test_main_grads_take_the_experts_gradients(options, autocast, device):
+    layer, x_TD = small(device, T=96, **options)
+
+    def backward_twice():
+        for part_TD in x_TD.chunk(2):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                out_TD = layer(part_TD)
+            out_TD.square().sum().backward()
+
+    backward_twice()
+    wanted = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    main_grads = give_main_grads(layer)
+    backward_twice()
+    for main_grad, weight, name in zip(main_grads, layer.experts.parameters(),
+                                       ("experts.gate_up_proj", "experts.down_proj"), strict=True):
+        assert weight.grad is None
+        torch.testing.assert_close(main_grad - 1, wanted[name], rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer.gate.weight.grad, wanted["gate.weight"])
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.75}], ids=str)
+def test_the_kernels_add_to_main_grads(options, device):
+    """In the interpreter where there is no GPU."""
+    layer, x_TD = small(device, **options)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    with torch.no_grad():
+        admitted, _, _ = layer.admit(layer.gate(x_TD))
+    layer.experts.to(dtype)
+    weights = list(layer.experts.parameters())
+
+    def backward() -> None:
+        compute_experts(x_TD.to(dtype), *weights, admitted, "kernels").float().square().sum().backward()
+
+    backward()
+    wanted = [weight.grad for weight in weights]
+    layer.zero_grad()
+    main_grads = give_main_grads(layer)
+    backward()
+    for main_grad, weight, gradient in zip(main_grads, weights, wanted, strict=True):
+        assert weight.grad is None
+        assert relative_error(main_grad - 1, gradient.double()) < 4e-3 + 1e-3
+
+
+def test_main_grads_that_do_not_fit_are_named(device):
+    layer, x_TD = small(device)
+    give_main_grads(layer)
+    layer.experts.down_proj.main_grad = None
+    with pytest.raises(ValueError, match=r"down_proj\.main_grad is missing"):
+        layer(x_TD)
+    layer.experts.down_proj.main_grad = torch.zeros_like(layer.experts.down_proj, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"down_proj.main_grad is bfloat16 \(8, 32, 24\)"):
+        layer(x_TD)
+    layer.experts.down_proj.main_grad = torch.zeros(8, 32, 23, device=device)
+    with pytest.raises(ValueError, match=r"needs float32 \(8, 32, 24\)"):
+        layer(x_TD)
 
 
 # ---- resuming ------------------------------------------------------------------------------------

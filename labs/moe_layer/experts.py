@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import dtype_name
 from common.level import Unsupported
-from labs.kernels.backward import moe_experts_rounded, moe_experts_sorted, rounded_scores
+from labs.kernels.backward import MainGrads, moe_experts_rounded, moe_experts_sorted, rounded_scores
 from labs.kernels.choice import capability
 from labs.kernels.rounding import Plan
 from labs.moe_layer.admission import Admitted, round_choice
@@ -75,10 +75,45 @@ def loop(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor,
     return out_TD
 
 
+def main_grads_of(gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor) -> MainGrads | None:
+    """The weights' `main_grad`s, to which a backward then adds their gradients, leaving `grad` as it is; None where
+    neither has one. Raises ValueError where one has and the other not, and unless they are float32 in the weights'
+    shapes, on their device."""
+    weights = {"gate_up_proj": gate_up_E2FD, "down_proj": down_EDF}
+    found = {name: getattr(weight, "main_grad", None) for name, weight in weights.items()}
+    if all(grad is None for grad in found.values()):
+        return None
+    for name, grad in found.items():
+        weight = weights[name]
+        if grad is None:
+            raise ValueError(f"{name}.main_grad is missing, the other weight has one: give both or neither")
+        if grad.dtype != torch.float32 or grad.shape != weight.shape or grad.device != weight.device:
+            raise ValueError(f"{name}.main_grad is {dtype_name(grad.dtype)} {tuple(grad.shape)} on {grad.device}, but "
+                             f"needs float32 {tuple(weight.shape)} on {weight.device}")
+    return tuple(found.values())
+
+
+class IntoMainGrad(torch.autograd.Function):
+    """A weight as it is, whose gradient is added to its main grad and goes no further. Kernels add it themselves."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, main_grad: torch.Tensor) -> torch.Tensor:
+        ctx.main_grad = main_grad  # not saved: another micro-batch may add to it before this backward runs
+        return weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, None]:
+        ctx.main_grad.add_(grad)
+        return None, None
+
+
 @torch.compiler.disable  # compiled, grouped_mm takes bfloat16 alone: a graph break instead
-def run_grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted
-                ) -> torch.Tensor:
+def run_grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted,
+                main_grads: MainGrads | None = None) -> torch.Tensor:
     """The admitted rows by grouped GEMMs: (T, D) -> (T, D)."""
+    if main_grads is not None:
+        gate_up_E2FD, down_EDF = map(IntoMainGrad.apply, (gate_up_E2FD, down_EDF), main_grads)
     if rows_in.rounded is None:
         rows, scores = rows_in.slots, rows_in.scores_TK
     else:
@@ -88,29 +123,31 @@ def run_grouped(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.
     return grouped(x_TD, gate_up_E2FD, down_EDF, scores, rows)
 
 
-def run_kernels(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted
-                ) -> torch.Tensor:
+def run_kernels(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted,
+                main_grads: MainGrads | None = None) -> torch.Tensor:
     """The admitted rows by the kernels of level 9: (T, D) -> (T, D)."""
     rounded, plan, probs_TE = rows_in.rounded, rows_in.plan, rows_in.probs_TE
     if rounded is None and rows_in.slots.unused_R1 is None:
         offsets_E1, token_of_row_R, row_of_slot_TK, _ = rows_in.slots
         return moe_experts_sorted(x_TD, gate_up_E2FD, down_EDF, rows_in.scores_TK, offsets_E1, token_of_row_R,
-                                  row_of_slot_TK)
+                                  row_of_slot_TK, main_grads)
     if rounded is None:  # as a routing rounded to tiles of one row, whose entries know no dropped slot
         (T, K), E = rows_in.expert_ids_TK.shape, gate_up_E2FD.shape[0]
         plan = Plan(T, K, E, "exact", tile=1, unit=1, capacity=T * K, renormalize=False)
         probs_TE = rows_in.scores_TK.new_zeros(T, E + 1).scatter(1, rows_in.expert_ids_TK, rows_in.scores_TK)[:, :E]
         rounded = round_choice(probs_TE, rows_in.expert_ids_TK, plan)
     score_of_entry_C = rounded_scores(probs_TE, rounded, plan) * rows_in.score_scale
-    return moe_experts_rounded(x_TD, gate_up_E2FD, down_EDF, score_of_entry_C, rounded, plan)
+    return moe_experts_rounded(x_TD, gate_up_E2FD, down_EDF, score_of_entry_C, rounded, plan, main_grads)
 
 
 @torch.compiler.disable  # its row counts are known on the host only
-def run_loop(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted
-             ) -> torch.Tensor:
+def run_loop(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, rows_in: Admitted,
+             main_grads: MainGrads | None = None) -> torch.Tensor:
     """The admitted rows, one expert after another. Raises ValueError for a rounded routing: it goes by slots."""
     if rows_in.rounded is not None:
         raise ValueError("token_rounding is for backend='grouped' or 'kernels': the loop goes by top-k slots")
+    if main_grads is not None:
+        gate_up_E2FD, down_EDF = map(IntoMainGrad.apply, (gate_up_E2FD, down_EDF), main_grads)
     return loop(x_TD, gate_up_E2FD, down_EDF, rows_in.scores_TK, rows_in.expert_ids_TK)
 
 
@@ -168,14 +205,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def compute_experts(x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor, admitted: Admitted,
                     backend: str, recompute: bool = False) -> torch.Tensor:
     """(T, D) -> (T, D) by BACKENDS[backend]. `recompute` keeps x, scores and ids for backward and computes the rest
-    again. Under autocast x and weights are cast to its dtype."""
-    dtype = autocast_dtype(x_TD.device)
+    again. Under autocast x and weights are cast to its dtype. Weights with a `main_grad` have their gradients there,
+    see main_grads_of."""
+    dtype, main_grads = autocast_dtype(x_TD.device), main_grads_of(gate_up_E2FD, down_EDF)
 
     def run(x_TD, gate_up_E2FD, down_EDF, admitted):
         if dtype is not None:
             x_TD, gate_up_E2FD, down_EDF = (tensor.to(dtype) for tensor in (x_TD, gate_up_E2FD, down_EDF))
         with torch.autocast(x_TD.device.type, enabled=False):
-            return BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, admitted)
+            return BACKENDS[backend](x_TD, gate_up_E2FD, down_EDF, admitted, main_grads)
 
     if recompute and torch.is_grad_enabled():
         return checkpoint(run, x_TD, gate_up_E2FD, down_EDF, admitted, use_reentrant=False)
