@@ -154,10 +154,9 @@ class OptimizedMoELayer(nn.Module):
 
     @classmethod
     def for_training(cls, hidden_dim: int, ffn_dim: int, num_experts: int, top_k: int, **options) -> OptimizedMoELayer:
-        """A layer with what suits training: no row dropped, experts' rows rounded to whole tiles, a balance loss and
-        a z-loss. `options` override."""
-        chosen = {"capacity_factor": None, "token_rounding": "nearest", "load_balance_weight": 0.01,
-                  "z_loss_weight": 1e-3}
+        """A layer with what suits training: exact top-k with no row dropped, a balance loss and a z-loss. `options`
+        override; token_rounding, which changes the function that is computed, is one to choose."""
+        chosen = {"capacity_factor": None, "load_balance_weight": 0.01, "z_loss_weight": 1e-3}
         return cls(hidden_dim, ffn_dim, num_experts, top_k, **{**chosen, **options})
 
     @classmethod
@@ -398,7 +397,7 @@ def demonstrate() -> None:
     """One training step and one evaluation of a small layer, and what it tells about itself."""
     on_gpu = torch.cuda.is_available()
     made = {"device": "cuda" if on_gpu else "cpu", "dtype": torch.bfloat16 if on_gpu else torch.float32}
-    moe = OptimizedMoELayer.for_training(hidden_dim=256, ffn_dim=128, num_experts=16, top_k=4, tile_size=64, **made)
+    moe = OptimizedMoELayer.for_training(hidden_dim=256, ffn_dim=128, num_experts=16, top_k=4, **made)
     x = torch.randn(4, 256, 256, **made)
     output, aux_loss = moe(x, return_aux_loss=True)
     (output.float().square().mean() + aux_loss).backward()

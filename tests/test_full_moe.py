@@ -272,9 +272,9 @@ def test_activation_bytes_are_what_the_allocator_says(options, device):
 # ---- presets and inference -----------------------------------------------------------------------
 
 def test_presets(device):
-    training = OptimizedMoELayer.for_training(32, 24, 8, 2, tile_size=8).to(device)
+    training = OptimizedMoELayer.for_training(32, 24, 8, 2).to(device)
     assert training.training
-    assert (training.token_rounding, training.capacity_factor) == ("nearest", None)
+    assert (training.token_rounding, training.capacity_factor) == (None, None)
     inference = OptimizedMoELayer.for_inference(32, 24, 8, 2).to(device)
     assert not inference.training
     assert not any(p.requires_grad for p in inference.parameters())
