@@ -152,6 +152,18 @@ class OptimizedMoELayer(nn.Module):
         if backend == "kernels" and not torch.cuda.is_available():
             self.backend  # noqa: B018  (raises, saying what is missing)
 
+    def reset_parameters(self) -> None:
+        """Draw all weights anew; bias and capacity factor start again. A layer made on `meta` needs it after
+        to_empty()."""
+        self.gate.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_experts is not None:
+            for linear in self.shared_experts.children():
+                linear.reset_parameters()
+        if self.adaptive_capacity:
+            nn.init.constant_(self.adapted_capacity_factor, self.capacity_factor)
+        self._since_update_E = None
+
     @classmethod
     def for_training(cls, hidden_dim: int, ffn_dim: int, num_experts: int, top_k: int, **options) -> OptimizedMoELayer:
         """A layer with what suits training: exact top-k with no row dropped, a balance loss and a z-loss. `options`

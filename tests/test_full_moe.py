@@ -188,6 +188,21 @@ def test_a_copy_and_a_state_dict_give_the_same_layer(device):
     assert torch.equal(copy.deepcopy(layer)(x_TD), layer(x_TD))
 
 
+def test_a_layer_made_on_meta_is_drawn_as_one_made_at_once(device):
+    options = {"shared_ffn_dim": 16, "router_bias": True, "capacity_factor": 1.25, "adaptive_capacity": True}
+    with torch.device("meta"):
+        layer = OptimizedMoELayer(32, 24, 8, 2, **options)
+    layer.to_empty(device=device)
+    for tensor in layer.state_dict().values():
+        tensor.fill_(torch.nan)
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    wanted = OptimizedMoELayer(32, 24, 8, 2, **options, device=device)
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], tensor), name
+
+
 @pytest.mark.parametrize("options", [{}, {"token_rounding": "nearest", "tile_size": 4}, {"capacity_factor": 0.5}],
                          ids=str)
 def test_torch_compile_takes_the_layer_and_does_not_compile_it_again(options, device):

@@ -238,8 +238,12 @@ class Experts(nn.Module):
         made = {"device": device, "dtype": dtype}
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * ffn_dim, hidden_dim, **made))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_dim, ffn_dim, **made))
-        nn.init.normal_(self.gate_up_proj, std=hidden_dim**-0.5)
-        nn.init.normal_(self.down_proj, std=ffn_dim**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, so that unit inputs give activations of unit scale."""
+        for weight in (self.gate_up_proj, self.down_proj):
+            nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
 
     def backend(self, wanted: str, use_io_overlap: bool) -> Backend:
         """What choose_backend says of the device and the dtype that the weights have now."""

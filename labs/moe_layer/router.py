@@ -108,7 +108,13 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_dim, device=device, dtype=dtype))
         bias_E = torch.zeros(num_experts, device=device, dtype=torch.float32) if with_bias else None
         self.register_buffer("e_score_correction_bias", bias_E)
-        nn.init.normal_(self.weight, std=hidden_dim**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew, and set the bias to zero."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        if self.e_score_correction_bias is not None:
+            nn.init.zeros_(self.e_score_correction_bias)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
         """As of every module (`.to`, `.bfloat16`), but the bias stays float32: its steps are lost in less."""
