@@ -28,6 +28,7 @@ from common.config import MoEConfig
 from common.model import Weights
 from labs.kernels.rounding import LEAST_TILES, MODES, Plan, plan_rounding
 from labs.moe_layer.admission import Admitted, drop_over_capacity, move_factor, round_choice
+from labs.moe_layer.arguments import check_flag, check_number, check_whole
 from labs.moe_layer.experts import BACKENDS, Backend, Experts, Sealed
 from labs.moe_layer.inference import Forward, GraphedForward, build_ladder_experts, build_ladder_layer
 from labs.moe_layer.losses import balance_loss, count_rows, move_bias, z_loss
@@ -102,25 +103,22 @@ class OptimizedMoELayer(nn.Module):
                  cuda_graph: bool = False, collect_stats: bool = True, rounding_least_tiles: float = LEAST_TILES,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        for name, size in (("hidden_dim", hidden_dim), ("ffn_dim", ffn_dim), ("num_experts", num_experts),
-                           ("top_k", top_k), ("tile_size", tile_size)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}={size!r}: a whole number of at least 1")
+        check_whole(hidden_dim=hidden_dim, ffn_dim=ffn_dim, num_experts=num_experts, top_k=top_k, tile_size=tile_size)
+        check_whole(least=0, shared_ffn_dim=shared_ffn_dim)
+        check_flag(use_io_overlap=use_io_overlap, gradient_checkpointing=gradient_checkpointing,
+                   adaptive_capacity=adaptive_capacity, router_bias=router_bias, cuda_graph=cuda_graph,
+                   collect_stats=collect_stats)
+        check_number(load_balance_weight=load_balance_weight, z_loss_weight=z_loss_weight,
+                     bias_update_rate=bias_update_rate, rounding_least_tiles=rounding_least_tiles)
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if factor is not None:
+                check_number(above_zero=True, note=", or None to drop nothing", **{name: factor})
         if top_k > num_experts:
             raise ValueError(f"top_k={top_k} is more than num_experts={num_experts}: a token cannot choose one twice")
         if token_rounding is not None and token_rounding not in ROUNDINGS:
             raise ValueError(f"token_rounding={token_rounding!r} is unknown: None, or one of {', '.join(ROUNDINGS)}")
-        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and not 0 < factor < float("inf"):
-                raise ValueError(f"{name}={factor}: above 0 and finite, or None to drop nothing")
         if adaptive_capacity and capacity_factor is None:
             raise ValueError("adaptive_capacity=True needs a capacity_factor to start from, not None")
-        for name, weight in (("load_balance_weight", load_balance_weight), ("z_loss_weight", z_loss_weight),
-                             ("bias_update_rate", bias_update_rate)):
-            if not weight >= 0:
-                raise ValueError(f"{name}={weight}: at least 0")
-        if not isinstance(shared_ffn_dim, int) or shared_ffn_dim < 0:
-            raise ValueError(f"shared_ffn_dim={shared_ffn_dim!r}: a whole number, 0 for no shared expert")
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is unknown: auto, or one of {', '.join(BACKENDS)}")
         if backend == "loop" and token_rounding is not None:

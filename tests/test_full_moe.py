@@ -398,6 +398,18 @@ def test_graphed_inference_keeps_its_buffer(device):
     ({"num_groups": 4, "top_groups": 1, "top_k": 3}, "top_k=3"), ({"shared_ffn_dim": -1}, "shared_ffn_dim"),
     ({"backend": "cublas"}, "backend='cublas'"), ({"backend": "loop", "token_rounding": "up"}, "token_rounding"),
     ({"capacity_factor": None, "adaptive_capacity": True}, "adaptive_capacity"),
+    ({"capacity_factor": "1.25"}, "capacity_factor='1.25'"), ({"eval_capacity_factor": True}, "factor=True"),
+    ({"load_balance_weight": None}, "load_balance_weight=None"), ({"z_loss_weight": math.nan}, "z_loss_weight=nan"),
+    ({"bias_update_rate": "0.1"}, "bias_update_rate='0.1'"), ({"num_groups": 2.0}, "num_groups=2.0"),
+    ({"num_groups": 4, "top_groups": "2"}, "top_groups='2'"), ({"num_groups": 4, "top_groups": 0}, "top_groups=0"),
+    ({"renormalize": "no"}, "renormalize='no'"), ({"temperature": "1"}, "temperature='1'"),
+    ({"noise_std": None}, "noise_std=None"), ({"score_scale": 0.0}, "score_scale=0.0"),
+    ({"score_scale": "2"}, "score_scale='2'"), ({"use_io_overlap": "off"}, "use_io_overlap='off'"),
+    ({"gradient_checkpointing": 1}, "gradient_checkpointing=1"), ({"adaptive_capacity": "yes"}, "adaptive_capacity"),
+    ({"router_bias": None}, "router_bias=None"), ({"cuda_graph": "on"}, "cuda_graph='on'"),
+    ({"collect_stats": 0}, "collect_stats=0"), ({"rounding_least_tiles": "2"}, "rounding_least_tiles='2'"),
+    ({"top_k": True}, "top_k=True"), ({"hidden_dim": "32"}, "hidden_dim='32'"), ({"shared_ffn_dim": 8.0}, "=8.0"),
+    ({"backend": None}, "backend=None"), ({"scoring": None}, "scoring=None"),
 ])
 def test_what_cannot_be_is_refused_by_name(options, named):
     with pytest.raises(ValueError, match=named):

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from labs.moe_layer.arguments import check_flag, check_number, check_whole
+
 # T tokens, D model width, E experts, K top-k, G groups of experts.
 
 SCORINGS = ("softmax_topk", "topk_softmax", "sigmoid")
@@ -89,13 +91,13 @@ class Router(nn.Module):
         top_groups = num_groups if top_groups is None else top_groups
         if scoring not in SCORINGS:
             raise ValueError(f"scoring={scoring!r} is unknown: choose one of {', '.join(SCORINGS)}")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: it divides the logits, so it is above 0")
-        if not noise_std >= 0:
-            raise ValueError(f"noise_std={noise_std}: a standard deviation is at least 0")
-        if num_groups < 1 or num_experts % num_groups:
+        check_number(above_zero=True, temperature=temperature, score_scale=score_scale)
+        check_number(noise_std=noise_std)
+        check_flag(renormalize=renormalize)
+        check_whole(num_groups=num_groups, top_groups=top_groups)
+        if num_experts % num_groups:
             raise ValueError(f"num_groups={num_groups} must divide num_experts={num_experts}")
-        if not 1 <= top_groups <= num_groups:
+        if top_groups > num_groups:
             raise ValueError(f"top_groups={top_groups}: between 1 and num_groups={num_groups}")
         if top_k > top_groups * (num_experts // num_groups):
             raise ValueError(f"top_k={top_k} is more than the {top_groups * (num_experts // num_groups)} experts of "
