@@ -28,7 +28,7 @@ CHOICES = (Choice("few_rows"), Choice("gather"), Choice("ahead"), Choice("spread
            Choice("pipelined", 8, TILES[90]))
 CASES = (Case("odd", T=77, D=264, F=200, E=7, K=3), Case("one token", T=1, D=264, F=200, E=7, K=3),
          Case("one expert has all", T=300, D=264, F=200, E=5, K=1, routing="one_hot"),
-         Case("many tokens", T=1031, D=264, F=200, E=6, K=2))
+         Case("several bands", T=290, D=1288, F=200, E=6, K=3), Case("many tokens", T=1031, D=264, F=200, E=6, K=2))
 
 
 def main() -> None:
@@ -45,7 +45,8 @@ def main() -> None:
             if not found.ok:
                 raise SystemExit(1)
     plan = plan_rounding(cfg, case.T, 64)
-    level8.layer_rounded(x_TD, packed, cfg, plan, Choice("gather"))
+    for choice in (Choice("gather"), Choice("ahead")):
+        level8.layer_rounded(x_TD, packed, cfg, plan, choice)
     torch.cuda.synchronize()
     print("rounded: ran")
 

@@ -169,7 +169,7 @@ def test_gate_and_up_alternate_in_blocks_of_8():
 
 def operands(D: int = 256, F: int = 256, dtype: torch.dtype = torch.bfloat16, tile_rows: int = 128) -> dict:
     plan = tiles.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows,
-                          *(torch.empty(n, dtype=torch.int32) for n in (3, 1, tiles.BANDS)))
+                          *(torch.empty(n, dtype=torch.int32) for n in (3, 1, tiles.BANDS)), [])
     return {"rows": torch.empty(128, D, dtype=dtype), "gate_up": torch.empty(2, 2 * F, D, dtype=dtype),
             "down": torch.empty(2, D, F, dtype=dtype), "hidden": torch.empty(128, F, dtype=dtype), "plan": plan}
 
@@ -218,7 +218,17 @@ def test_down_combine_refuses_what_does_not_fit():
                                "scores_TK is float16": (2, 2, torch.int32, torch.float16)}.items():
         with pytest.raises(ValueError, match=message):
             call(*arguments)
+    with pytest.raises(ValueError, match="hidden_RF"):
+        down_combine.down_combine(hidden, down, plan, torch.zeros(3, 2).int(), torch.zeros(3, 2), 1)
     assert call(0, 2).shape == (0, 256)
+
+
+def test_a_plan_counts_once():
+    plan = tiles.plan_tiles(offsets([3]), 3)
+    plan.count_once("up_ahead")
+    plan.count_once("down_combine")
+    with pytest.raises(ValueError, match="up_ahead already"):
+        plan.count_once("up_ahead")
 
 
 def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
@@ -391,6 +401,8 @@ def test_machine_code_with_spare_warps_is_as_planned(name):
     atomics = found.count(r"REDG?\.|ATOMG?\.")
     assert atomics == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
     assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
+    assert found.count(r"MEMBAR\.ALL\.GPU") == 1, "released"
+    assert found.count(r"CCTL\.IVALL") == 1, "acquired"
     assert found.registers == 168
     assert found.shared_bytes <= 227 * 1024
 
@@ -499,6 +511,9 @@ CASES = (
     Case("several bands, the last one narrow", T=1000, D=1288, F=136, E=8, K=8),
     Case("fewer tokens than programs", T=70, D=2048, F=64, E=16, K=5),
     Case("one choice", T=3001, D=1536, F=128, E=4, K=1),
+    Case("three choices, several bands", T=300, D=1288, F=72, E=6, K=3),
+    Case("two blocks a band", T=200, D=4104, F=64, E=4, K=2),
+    Case("one token, several bands", T=1, D=4104, F=64, E=4, K=2),
     Case("more than 2 to the 31 elements", T=40000, D=8192, F=256, E=8, K=8),
 )
 

@@ -6,8 +6,8 @@ What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns
        one, and combine.py's sum of a band's columns while the next band is multiplied. The last band's sum is left to
        combine.py.
 Why    The combine waits for memory, the GEMM for the tensor cores: one after the other, each leaves the other's idle.
-How    A twelfth of the threads is enough for a sum: 64 of them copy a token's K rows, 512 columns of each, into a ring
-       of their own, some tokens ahead (cp.async, no registers), and add them up in float32.
+How    64 spare threads copy a token's K rows, 512 columns of each, into a ring of their own, some tokens ahead
+       (cp.async, no registers), and add them up in float32.
 
     producer    1 warp          TMA: rows and weights of a stage, as in grouped_gemm.py
     consumers   2 warpgroups    multiply a tile, store it; after a program's last tile of a band, arrive stored[band]
@@ -15,14 +15,15 @@ How    A twelfth of the threads is enough for a sum: 64 of them copy a token's K
                                 then sum every grid-th token
 
 Costs  hidden is read once a band. The combiner of one program waits for the tiles of all others: every program must be
-       on the GPU at once, so the launch is cooperative. y is written and read through L2, never kept.
+       on the GPU at once, so the launch is cooperative. y still takes R * D values; it is mostly read from L2.
 
     index array     shape     from -> to
     row_of_slot_TK  (T, K)    token, choice -> sorted row
     tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group (tiles.py)
     done_B          (4,)      band -> programs whose tiles of it are stored; zeros at the start (tiles.py)
 
-Determinism: each sum runs over the choices in their order. The counters order work, and nothing is added to them twice.
+Determinism: each sum runs over the choices in their order, though the compiler may fuse other products than in
+combine.py: equal run for run, not bit for bit combine.py's. The counters order work.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 # ------------------------------------------------------------------------------------------- which tile is next
+# walk: (row tiles, column tiles, column tiles of a band, K steps)
 @gluon.jit
 def find_band_tile(tiles_ptr, walk, tile):
     """find_tile, band by band: (expert, first row, rows in use, column tile, band); no rows, band -1 past the last."""
@@ -157,8 +159,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, w
     """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for every grid-th token and
     all bands but the last.
 
-    Rows and scores are loaded an item ahead of their use, y's rows as many as the ring holds. A thread reads what it
-    copied itself.
+    Rows and scores are loaded an item ahead of their use, y's rows as many as the ring holds.
     """
     STAGES: gl.constexpr = slots.shape[0]
     CHOICES: gl.constexpr = slots.shape[1]
@@ -267,12 +268,14 @@ def down_combine(
     (T, K), D, R, device = row_of_slot_TK.shape, down_EDF.shape[1], hidden_RF.shape[0], hidden_RF.device
     if not 1 <= K <= MOST_CHOICES:
         raise ValueError(f"row_of_slot_TK has K={K}, but this kernel takes 1 to {MOST_CHOICES} choices")
+    require("hidden_RF", hidden_RF, (T * K, down_EDF.shape[2]), torch.bfloat16, device)
     require("row_of_slot_TK", row_of_slot_TK, (T, K), torch.int32, device)
     require("scores_TK", scores_TK, (T, K), torch.float32, device)
     y_RD, out_TD = hidden_RF.new_empty(R, D), hidden_RF.new_empty(T, D)
     if T == 0:
         return out_TD
     operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
+    plan.count_once("down_combine")
     band_tiles = band_tiles_for(D)
     down_combine_kernel[(programs,)](
         *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, band_tiles, TOP_K=K,

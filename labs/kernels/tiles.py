@@ -4,7 +4,7 @@
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
     row_of_slot_TK  (T, K)    token, slot -> row
     tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group
-    ready_X         (X,)      row tile -> its units that up_ahead.py has gathered; zeros
+    ready_X         (X,)      row tile -> its units that up_ahead.py has gathered; zeros up to the count
     begun           (1,)      output tiles that up_ahead.py has begun; zero
     done_B          (4,)      band of columns -> programs that are through with it; zeros, for down_combine.py to count
 
@@ -28,7 +28,7 @@ ROWS = 64  # of one warpgroup; a row tile is a multiple of it
 INTERLEAVE = 8  # gate and up rows alternate in blocks of 8: one core matrix of wgmma's accumulator
 GROUP = 32  # row tiles that walk through their expert's weights together, at most
 FIELDS = 5  # of a row tile's entry in the table
-BANDS = 4  # of columns, at most
+BANDS = 4  # of columns, at most; a power of 2
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def spread_rows_kernel(
 
 class TilePlan(NamedTuple):
     """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), the rows of a tile, and counters, int32, for
-    a call of up_ahead.py and one of down_combine.py."""
+    one call of up_ahead.py and one of down_combine.py; `counted` names those that have been."""
 
     tiles_X5: torch.Tensor
     tile_count: torch.Tensor
@@ -114,6 +114,13 @@ class TilePlan(NamedTuple):
     ready_X: torch.Tensor
     begun: torch.Tensor
     done_B: torch.Tensor
+    counted: list[str]
+
+    def count_once(self, kernel: str) -> None:
+        """Raise ValueError at a kernel's second call: its counters are full, and it would wait for nothing."""
+        if kernel in self.counted:
+            raise ValueError(f"the plan's counters served a call of {kernel} already: make a plan for each call")
+        self.counted.append(kernel)
 
 
 def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -158,7 +165,7 @@ def plan_tiles(offsets_E1: torch.Tensor, R: int, tile_rows: int = 128, group: in
         offsets_E1, tiles_X5, tile_count, *counters, E,
         BLOCKS=tile_rows // ROWS, GROUP=group, BANDS=BANDS, E_POW2=triton.next_power_of_2(E), num_warps=4,
     )
-    return TilePlan(tiles_X5, tile_count, tile_rows, *counters)
+    return TilePlan(tiles_X5, tile_count, tile_rows, *counters, counted=[])
 
 
 def spread_rows(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, rows_RD: torch.Tensor) -> None:

@@ -65,7 +65,8 @@ _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 @gluon.jit
 def fence_async_global(WARPS: gl.constexpr):
     """Between stores of this thread, or of those it has waited for, and reads of the same memory by TMA, which is
-    another proxy: PTX's fence.proxy.async, once a thread."""
+    another proxy: PTX's fence.proxy.async, once a thread. The reader needs it, after it has waited; the writer's is
+    for safety."""
     threads = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     gl.inline_asm_elementwise("fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [threads], dtype=gl.int32,
                               is_pure=False, pack=1)
@@ -73,38 +74,39 @@ def fence_async_global(WARPS: gl.constexpr):
 
 @gluon.jit
 def find_unit(unit, walk, token_of_row_ptr, r):
-    """Unit -> (row tile, the first output tile that wants it, first row, rows in use, their tokens)."""
+    """Unit -> (row tile, first output tile that wants it, first row, rows left of the tile from there on, tokens)."""
     tiles_ptr, total, column_tiles, _ = walk
     tile = gl.maximum(gl.minimum(unit // _UNITS, total // column_tiles - 1), 0)
     entry = tiles_ptr + tile * _FIELDS
     skipped = unit % _UNITS * _UNIT
     row = gl.load(entry + 1) + skipped
-    used = gl.load(entry + 2) - skipped
+    left = gl.load(entry + 2) - skipped
     group_first = gl.load(entry + 3)
-    token = gl.load(token_of_row_ptr + row + r, mask=r < used, other=0)
-    return tile, group_first * (column_tiles - 1) + tile, row, used, token
+    token = gl.load(token_of_row_ptr + row + r, mask=r < left, other=0)
+    return tile, group_first * (column_tiles - 1) + tile, row, left, token
 
 
 @gluon.jit
 def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies):
     """rows[r] = x[token_of_row[r]] for every grid-th unit of 8 rows, tile by tile, then say so.
 
-    Never more than a wave of output tiles ahead, so that rows are in L2 when they are wanted, and weights with them.
-    This cannot stop for good: the first tile that is not begun has only begun ones before it, so its rows may be
-    gathered, and a unit is whole before the next one is waited for.
+    Never more than a wave of output tiles ahead of as many as are begun, so that rows are in L2 when they are wanted,
+    and weights with them. This cannot stop for good: the first tile that is not begun has only begun ones before it, so
+    its rows may be gathered, and a unit is whole before the next one is waited for.
     """
     grid = gl.num_programs(0)
     r = gl.arange(0, _UNIT, layout=gl.SliceLayout(1, _UNIT_LAYOUT))
     c = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, _UNIT_LAYOUT))
     blocks = gl.cdiv(D, _COLUMNS)
-    begun = 0
-    tile, wanted, row, used, token = find_unit(gl.program_id(0), walk, token_of_row_ptr, r)
-    for unit in range(gl.program_id(0), walk[1] // walk[2] * _UNITS, grid):
+    _, total, column_tiles, _ = walk
+    seen = 0  # begun, when last looked at
+    tile, wanted, row, left, token = find_unit(gl.program_id(0), walk, token_of_row_ptr, r)
+    for unit in range(gl.program_id(0), total // column_tiles * _UNITS, grid):
         after = find_unit(unit + grid, walk, token_of_row_ptr, r)
-        if used > 0:
-            while begun + grid < wanted:
-                begun = gl.atomic_add(begun_ptr, 0, sem="relaxed", scope="gpu")
-            inside = r < used
+        if left > 0:
+            while seen + grid < wanted:
+                seen = gl.atomic_add(begun_ptr, 0, sem="relaxed", scope="gpu")
+            inside = r < left
             source = x_ptr + (token.to(gl.int64) * D)[:, None]  # T * D and R * D pass 2**31 at real sizes
             target = rows_ptr + ((row + r).to(gl.int64) * D)[:, None]
             stored = 0
@@ -123,7 +125,7 @@ def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, cop
             fence_async_global(2)
             sync_threads()
             gl.atomic_add(ready_ptr + tile, 1, sem="release", scope="gpu")
-        tile, wanted, row, used, token = after
+        tile, wanted, row, left, token = after
 
 
 @gluon.jit
@@ -201,6 +203,7 @@ def up_ahead(
     check("token_of_row_R", token_of_row_R, (R,), torch.int32)
     operands = up_operands(x_TD, R, gate_up_E2FD, plan, hidden_RF, 128)
     if R > 0:
+        plan.count_once("up_ahead")
         rows_RD = x_TD.new_empty(R, x_TD.shape[1])
         up_ahead_kernel[(programs,)](x_TD, token_of_row_R, describe(rows_RD, ROWS), rows_RD, plan.ready_X, plan.begun,
                                      *operands, launch_cooperative_grid=True, **LAUNCH)
