@@ -25,6 +25,7 @@ from labs.studies import (
     grouped_gemm,
     moe_basics,
     peers,
+    reading_a_profile,
     redraw,
     routing,
     study,
@@ -174,6 +175,22 @@ def test_charts_show_the_jsons_figures(ran):
 
 @pytest.mark.skipif(f"matplotlib=={mpl.__version__}\n" not in (study.ROOT / "requirements.txt").read_text(),
                     reason="another matplotlib draws otherwise")
+def test_recorded_throughputs_are_of_todays_times():
+    """The ladder's file and the backward's: where either was measured again, the record is to be made again."""
+    parser = argparse.ArgumentParser()
+    throughput.arguments(parser)
+    paths = list((study.ROOT / "plots" / "studies").glob("*throughput*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        figures = record["figures"]
+        args = parser.parse_args(["--config", figures["config"], "--mode", figures["mode"]])
+        measured = throughput.layer_time(args)
+        assert {key: measured[key] for key in figures["measured"]} == figures["measured"], path.name
+        assert throughput.backward_time(args, measured) == figures["backward"], path.name
+        assert measured["environment"] == record["environment"], path.name
+
+
 @pytest.mark.parametrize("path", redraw.recorded(), ids=lambda path: path.stem)
 def test_the_recorded_charts_are_what_their_json_draws(path, tmp_path):
     known = redraw.STUDIES[study.name_of(path)]
@@ -325,6 +342,35 @@ def test_a_rounded_row_is_not_the_fastest_of_ours():
     assert peers.conclude({"rows": [*ours, row("peer", "theirs", 3.0)]}).startswith("exact takes 2.00 ms and theirs")
 
 
+# ---- reading a profile -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kind", "names"), [
+    ("expert GEMMs", "grouped_gemm_kernel up_gather_kernel up_rows_kernel up_ahead_kernel tall_up_rows_kernel "
+                     "up_swiglu_kernel plain_up_kernel down_kernel down_combine_kernel tall_down_kernel "
+                     "plain_down_kernel"),
+    ("router GEMM", "nvjet_sm90_tss_64x24_64x16_2x4_h_bz_TNT logits_kernel logits_and_choose_kernel"),
+    ("activation", "silu_mul_kernel"),
+    ("sort, top-k, offsets", "choose_kernel place_kernel route_and_place_kernel work_kernel plan_tiles_kernel "
+                             "radixSortKVInPlace searchsorted_cuda_kernel"),
+    ("gather, combine", "combine_kernel spread_rows_kernel vectorized_gather_kernel reduce_kernel"),
+])
+def test_kernels_of_levels_4_and_8_are_of_their_kind(kind, names):
+    assert {name: reading_a_profile.kind_of(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
+
+
+def test_a_profile_tells_which_kernels_are_gone():
+    def run(level: str, *kernels: str) -> dict:
+        found = [{"name": name, "kind": reading_a_profile.kind_of(name), "ms": 1.0} for name in kernels]
+        return {"level": level, "T": 1, "wall_ms": {"p50": 9.0}, "busy_ms": len(found), "kernels": found}
+
+    old = run("level 4", "grouped_gemm_kernel", "silu_mul_kernel", "gather", "copy")
+    new = run("level 8", "up_ahead_kernel", "down_combine_kernel", "copy")
+    said = reading_a_profile.conclude({"runs": [old, new]})
+    assert "level 8 has no kernel left for activation; gather, combine, spends 1.00 ms around" in said
+    kept = run("level 8", "up_kernel", "silu_mul_kernel", "combine_kernel", "copy")
+    assert "level 8 spends 3.00 ms around" in reading_a_profile.conclude({"runs": [old, kept]})
+
+
 # ---- throughput ------------------------------------------------------------------------------------
 
 def throughput_of(tmp_path: Path, *words: str) -> int:
@@ -341,6 +387,18 @@ def test_throughput_refuses_the_seeds_claim(tmp_path, capsys):
                          "12", "--layer-tokens", "4096", "--sequence", "1", "--claim", "186e9") == 1
     assert factor(capsys.readouterr().err) == pytest.approx(60, rel=0.02)
     assert not list(tmp_path.iterdir()), "a refused result is not written"
+
+
+def test_a_refusal_shows_what_it_rests_on(tmp_path, capsys):
+    words = ["--config", "qwen3-30b-a3b", "--layer-tokens", "16384", "--layer-ms"]
+    assert throughput_of(tmp_path, *words, "0.1") == 1
+    shown = capsys.readouterr().out
+    assert "--other-efficiency" in shown
+    assert "tokens/day" not in shown, "no table of what cannot be"
+    assert throughput_of(tmp_path, *words, "4", "--claim", "1e15") == 1
+    shown = capsys.readouterr().out
+    assert "--other-efficiency" in shown
+    assert "tokens/day" in shown, "the claim is refused, the estimate is not"
 
 
 def test_throughput_refuses_a_layer_above_the_peak(tmp_path, capsys):
