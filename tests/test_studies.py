@@ -246,6 +246,47 @@ def test_a_wrong_grouped_gemm_is_not_timed(monkeypatch, tmp_path):
         study.main(grouped_gemm.STUDY, ["--device", DEVICE, "--quick", "--out", str(tmp_path)])
 
 
+def test_the_fastest_grouped_gemm_is_named_by_clock():
+    def method(tflops: float, wall: float) -> dict:
+        return {"status": "ok", "launches": 1, "tflops": {"p50": tflops}, "wall_ms": {"p50": wall}}
+
+    def point(**methods: dict) -> dict:
+        return {"E": 8, "methods": {"loop of cuBLAS": method(1.0, 9.0)} | methods}
+
+    def said(**methods: dict) -> str:
+        return grouped_gemm.conclude({"by_skew": [point(**methods)] * 2, "by_experts": [point(**methods)]})
+
+    assert "ours is fastest on the GPU's clock" in said(ours=method(3.0, 2.0), theirs=method(2.0, 1.0))
+    assert said(ours=method(3.0, 2.0), theirs=method(2.0, 1.0)).endswith("theirs with 1.00 ms against its 2.00.")
+    assert said(ours=method(3.0, 0.5)).endswith("and by wall time ours with 0.500 ms.")
+
+
+def test_a_rounding_faster_than_its_tiles_allow_is_remarked():
+    def mode(speedup: float, ideal: float) -> dict:
+        return {"gemm_ms": dict.fromkeys(("p20", "p50", "p80"), 1 / speedup), "speedup": speedup, "net_speedup": 1.0,
+                "ideal_speedup": ideal, "share_changed": 0.1}
+
+    def said(nearest: dict) -> str:
+        modes = {"exact": mode(1.0, 1.0), "nearest": nearest, "up": mode(1.3, 1.0)}
+        return token_rounding.conclude({"speed": [{"fill": 2, "tile": 256, "modes": modes}], "quality": None})
+
+    assert "more than fewer tiles explain: as many but full ones, by rounding up, give 1.30" in said(mode(1.5, 1.2))
+    assert "explain" not in said(mode(1.1, 1.2))
+
+
+def test_no_memory_above_the_weights_is_shown_as_0(ran):
+    figures = json.loads(json.dumps(ran("variants")[0]["figures"]))
+    for size in figures["sizes"].values():
+        for rows in (size["inference"], size["training"]):
+            for place, row in enumerate(rows.values()):
+                row |= {"status": "ok", "peak_mib": float(place)}
+    fig = variants.draw(figures, "")["memory"]
+    try:
+        assert all("0" in [text.get_text() for text in ax.texts] for ax in fig.axes)
+    finally:
+        plt.close(fig)
+
+
 def test_capacity_drops_the_weakest_scores_first(ran):
     for rows in ran("routing")[0]["figures"]["capacity"].values():
         for row in rows:
