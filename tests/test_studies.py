@@ -274,6 +274,15 @@ def test_a_rounding_faster_than_its_tiles_allow_is_remarked():
     assert "explain" not in said(mode(1.1, 1.2))
 
 
+def test_rounding_down_drops_half_a_tile_an_expert():
+    """The learning path's 1/(2n), of the recorded run at n tiles of mean rows."""
+    record = json.loads((study.ROOT / "plots" / "studies" / "h200_token_rounding.json").read_text())
+    for point in record["figures"]["speed"]:
+        if point["fill"] >= 1:
+            down = point["modes"]["down"]
+            assert down["dropped"] / point["modes"]["exact"]["rows"] == pytest.approx(0.5 / point["fill"], rel=0.1)
+
+
 def test_no_memory_above_the_weights_is_shown_as_0(ran):
     figures = json.loads(json.dumps(ran("variants")[0]["figures"]))
     for size in figures["sizes"].values():

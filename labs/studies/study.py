@@ -269,7 +269,7 @@ def plain_table(title: str, headings: list[str], rows: list[list[str]]) -> Table
     """A rich table whose first column is text and whose others are figures."""
     table = Table(title=title, title_justify="left")
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left")
+        table.add_column(heading, justify="right" if place else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
