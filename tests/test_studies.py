@@ -347,6 +347,7 @@ def test_what_was_not_measured_is_called_extrapolated():
                  points(*(1 / (even + 0.1 * (size - 4)) for size in (10, 100, 1000)))]
     assert beyond(downwards, None) == "; extrapolated from the nearest 3, not measured: no slower up to about 4.00"
     assert beyond(points(0.9, 0.5), None) == ", where sizes end", "no size is below 1"
+    assert beyond(points(0.5, 0.9), None) == "", "any two points lie on a line"
     assert beyond(points(0.5, 0.9, 0.7), None) == "", "the best is inside"
     assert beyond(points(0.5, 0.9, 1.1), None) == "", "it turns where it was measured"
 
@@ -369,6 +370,22 @@ def test_a_gain_is_told_with_what_gains_more():
 
     assert what_does_not_help.rivals([point(1.5, 1.0), point(1.5, 1.2)]) == "; grouped_mm faster still at every size"
     assert what_does_not_help.rivals([point(1.5, 1.0), point(1.5, 1.6)]) == ""
+
+
+def test_all_ideas_are_told_in_one_sentence(ran):
+    said = what_does_not_help.conclude(ran("what_does_not_help")[0]["figures"])
+    assert said.startswith("Where 0.97 times the plain way's speed or more is no slower: ")
+    assert not re.search(r"[.:] [A-Z]", said)
+
+
+def test_a_reason_has_the_wall_time_of_both(monkeypatch):
+    case = argparse.Namespace(size=4, calls={"plain": None, "idea": None}, errors={"plain": 0.1, "idea": 0.1})
+    profile = argparse.Namespace(kernels={"gemm": (1, 0.5)}, gpu_ms=0.5, launches=1)
+    monkeypatch.setattr(what_does_not_help, "profile_call", lambda call: profile)
+    monkeypatch.setattr(what_does_not_help, "count_host_syncs", lambda call: 0)
+    said = what_does_not_help.profile_words(case, "rows", {"plain": {"p50": 1.0}, "idea": {"p50": 2.0}})
+    assert "plain: wall 1.00 ms, GPU busy 0.500 ms" in said
+    assert "idea: wall 2.00 ms, GPU busy 0.500 ms" in said
 
 
 def test_the_full_layer_is_told_where_it_loses():
