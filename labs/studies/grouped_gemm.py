@@ -441,7 +441,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
 
 def draw_schedules(schedules: dict, under: str) -> Figure:
     """A row an SM, a bar a tile, a colour an expert: above with a launch an expert, below with one for all."""
-    fig, axes = figure("Which SM ran which expert's tile, when (a colour is an expert; colours repeat)", under, rows=2)
+    fig, axes = figure("Which SM ran which expert's tile, when (colours repeat)", under, rows=2)
     colors = get_cmap("tab20")
     end = max(one["span_us"] for one in schedules.values())
     for ax, (name, one) in zip(axes, schedules.items(), strict=True):
