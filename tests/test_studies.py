@@ -25,6 +25,7 @@ from labs.studies import (
     grouped_gemm,
     moe_basics,
     peers,
+    reading_a_profile,
     redraw,
     routing,
     study,
@@ -174,6 +175,22 @@ def test_charts_show_the_jsons_figures(ran):
 
 @pytest.mark.skipif(f"matplotlib=={mpl.__version__}\n" not in (study.ROOT / "requirements.txt").read_text(),
                     reason="another matplotlib draws otherwise")
+def test_recorded_throughputs_are_of_todays_times():
+    """The ladder's file and the backward's: where either was measured again, the record is to be made again."""
+    parser = argparse.ArgumentParser()
+    throughput.arguments(parser)
+    paths = list((study.ROOT / "plots" / "studies").glob("*throughput*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        figures = record["figures"]
+        args = parser.parse_args(["--config", figures["config"], "--mode", figures["mode"]])
+        measured = throughput.layer_time(args)
+        assert {key: measured[key] for key in figures["measured"]} == figures["measured"], path.name
+        assert throughput.backward_time(args, measured) == figures["backward"], path.name
+        assert measured["environment"] == record["environment"], path.name
+
+
 @pytest.mark.parametrize("path", redraw.recorded(), ids=lambda path: path.stem)
 def test_the_recorded_charts_are_what_their_json_draws(path, tmp_path):
     known = redraw.STUDIES[study.name_of(path)]
@@ -229,6 +246,56 @@ def test_a_wrong_grouped_gemm_is_not_timed(monkeypatch, tmp_path):
         study.main(grouped_gemm.STUDY, ["--device", DEVICE, "--quick", "--out", str(tmp_path)])
 
 
+def test_the_fastest_grouped_gemm_is_named_by_clock():
+    def method(tflops: float, wall: float) -> dict:
+        return {"status": "ok", "launches": 1, "tflops": {"p50": tflops}, "wall_ms": {"p50": wall}}
+
+    def point(**methods: dict) -> dict:
+        return {"E": 8, "methods": {"loop of cuBLAS": method(1.0, 9.0)} | methods}
+
+    def said(**methods: dict) -> str:
+        return grouped_gemm.conclude({"by_skew": [point(**methods)] * 2, "by_experts": [point(**methods)]})
+
+    assert "ours is fastest on the GPU's clock" in said(ours=method(3.0, 2.0), theirs=method(2.0, 1.0))
+    assert said(ours=method(3.0, 2.0), theirs=method(2.0, 1.0)).endswith("theirs with 1.00 ms against its 2.00.")
+    assert said(ours=method(3.0, 0.5)).endswith("and by wall time ours with 0.500 ms.")
+
+
+def test_a_rounding_faster_than_its_tiles_allow_is_remarked():
+    def mode(speedup: float, ideal: float) -> dict:
+        return {"gemm_ms": dict.fromkeys(("p20", "p50", "p80"), 1 / speedup), "speedup": speedup, "net_speedup": 1.0,
+                "ideal_speedup": ideal, "share_changed": 0.1}
+
+    def said(nearest: dict) -> str:
+        modes = {"exact": mode(1.0, 1.0), "nearest": nearest, "up": mode(1.3, 1.0)}
+        return token_rounding.conclude({"speed": [{"fill": 2, "tile": 256, "modes": modes}], "quality": None})
+
+    assert "more than fewer tiles explain: as many but full ones, by rounding up, give 1.30" in said(mode(1.5, 1.2))
+    assert "explain" not in said(mode(1.1, 1.2))
+
+
+def test_rounding_down_drops_half_a_tile_an_expert():
+    """The learning path's 1/(2n), of the recorded run at n tiles of mean rows."""
+    record = json.loads((study.ROOT / "plots" / "studies" / "h200_token_rounding.json").read_text())
+    for point in record["figures"]["speed"]:
+        if point["fill"] >= 1:
+            down = point["modes"]["down"]
+            assert down["dropped"] / point["modes"]["exact"]["rows"] == pytest.approx(0.5 / point["fill"], rel=0.1)
+
+
+def test_no_memory_above_the_weights_is_shown_as_0(ran):
+    figures = json.loads(json.dumps(ran("variants")[0]["figures"]))
+    for size in figures["sizes"].values():
+        for rows in (size["inference"], size["training"]):
+            for place, row in enumerate(rows.values()):
+                row |= {"status": "ok", "peak_mib": float(place)}
+    fig = variants.draw(figures, "")["memory"]
+    try:
+        assert all("0" in [text.get_text() for text in ax.texts] for ax in fig.axes)
+    finally:
+        plt.close(fig)
+
+
 def test_capacity_drops_the_weakest_scores_first(ran):
     for rows in ran("routing")[0]["figures"]["capacity"].values():
         for row in rows:
@@ -280,6 +347,7 @@ def test_what_was_not_measured_is_called_extrapolated():
                  points(*(1 / (even + 0.1 * (size - 4)) for size in (10, 100, 1000)))]
     assert beyond(downwards, None) == "; extrapolated from the nearest 3, not measured: no slower up to about 4.00"
     assert beyond(points(0.9, 0.5), None) == ", where sizes end", "no size is below 1"
+    assert beyond(points(0.5, 0.9), None) == "", "any two points lie on a line"
     assert beyond(points(0.5, 0.9, 0.7), None) == "", "the best is inside"
     assert beyond(points(0.5, 0.9, 1.1), None) == "", "it turns where it was measured"
 
@@ -304,6 +372,22 @@ def test_a_gain_is_told_with_what_gains_more():
     assert what_does_not_help.rivals([point(1.5, 1.0), point(1.5, 1.6)]) == ""
 
 
+def test_all_ideas_are_told_in_one_sentence(ran):
+    said = what_does_not_help.conclude(ran("what_does_not_help")[0]["figures"])
+    assert said.startswith("Where 0.97 times the plain way's speed or more is no slower: ")
+    assert not re.search(r"[.:] [A-Z]", said)
+
+
+def test_a_reason_has_the_wall_time_of_both(monkeypatch):
+    case = argparse.Namespace(size=4, calls={"plain": None, "idea": None}, errors={"plain": 0.1, "idea": 0.1})
+    profile = argparse.Namespace(kernels={"gemm": (1, 0.5)}, gpu_ms=0.5, launches=1)
+    monkeypatch.setattr(what_does_not_help, "profile_call", lambda call: profile)
+    monkeypatch.setattr(what_does_not_help, "count_host_syncs", lambda call: 0)
+    said = what_does_not_help.profile_words(case, "rows", {"plain": {"p50": 1.0}, "idea": {"p50": 2.0}})
+    assert "plain: wall 1.00 ms, GPU busy 0.500 ms" in said
+    assert "idea: wall 2.00 ms, GPU busy 0.500 ms" in said
+
+
 def test_the_full_layer_is_told_where_it_loses():
     def spread(ms: float) -> dict:
         return {"ms": {"p20": ms * 0.9, "p50": ms, "p80": ms * 1.1}, "speedup": 10 / ms}
@@ -325,6 +409,35 @@ def test_a_rounded_row_is_not_the_fastest_of_ours():
     assert peers.conclude({"rows": [*ours, row("peer", "theirs", 3.0)]}).startswith("exact takes 2.00 ms and theirs")
 
 
+# ---- reading a profile -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kind", "names"), [
+    ("expert GEMMs", "grouped_gemm_kernel up_gather_kernel up_rows_kernel up_ahead_kernel tall_up_rows_kernel "
+                     "up_swiglu_kernel plain_up_kernel down_kernel down_combine_kernel tall_down_kernel "
+                     "plain_down_kernel"),
+    ("router GEMM", "nvjet_sm90_tss_64x24_64x16_2x4_h_bz_TNT logits_kernel logits_and_choose_kernel"),
+    ("activation", "silu_mul_kernel"),
+    ("sort, top-k, offsets", "choose_kernel place_kernel route_and_place_kernel work_kernel plan_tiles_kernel "
+                             "radixSortKVInPlace searchsorted_cuda_kernel"),
+    ("gather, combine", "combine_kernel spread_rows_kernel vectorized_gather_kernel reduce_kernel"),
+])
+def test_kernels_of_levels_4_and_8_are_of_their_kind(kind, names):
+    assert {name: reading_a_profile.kind_of(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
+
+
+def test_a_profile_tells_which_kernels_are_gone():
+    def run(level: str, *kernels: str) -> dict:
+        found = [{"name": name, "kind": reading_a_profile.kind_of(name), "ms": 1.0} for name in kernels]
+        return {"level": level, "T": 1, "wall_ms": {"p50": 9.0}, "busy_ms": len(found), "kernels": found}
+
+    old = run("level 4", "grouped_gemm_kernel", "silu_mul_kernel", "gather", "copy")
+    new = run("level 8", "up_ahead_kernel", "down_combine_kernel", "copy")
+    said = reading_a_profile.conclude({"runs": [old, new]})
+    assert "level 8 has no kernel left for activation; gather, combine, spends 1.00 ms around" in said
+    kept = run("level 8", "up_kernel", "silu_mul_kernel", "combine_kernel", "copy")
+    assert "level 8 spends 3.00 ms around" in reading_a_profile.conclude({"runs": [old, kept]})
+
+
 # ---- throughput ------------------------------------------------------------------------------------
 
 def throughput_of(tmp_path: Path, *words: str) -> int:
@@ -341,6 +454,18 @@ def test_throughput_refuses_the_seeds_claim(tmp_path, capsys):
                          "12", "--layer-tokens", "4096", "--sequence", "1", "--claim", "186e9") == 1
     assert factor(capsys.readouterr().err) == pytest.approx(60, rel=0.02)
     assert not list(tmp_path.iterdir()), "a refused result is not written"
+
+
+def test_a_refusal_shows_what_it_rests_on(tmp_path, capsys):
+    words = ["--config", "qwen3-30b-a3b", "--layer-tokens", "16384", "--layer-ms"]
+    assert throughput_of(tmp_path, *words, "0.1") == 1
+    shown = capsys.readouterr().out
+    assert "--other-efficiency" in shown
+    assert "tokens/day" not in shown, "no table of what cannot be"
+    assert throughput_of(tmp_path, *words, "4", "--claim", "1e15") == 1
+    shown = capsys.readouterr().out
+    assert "--other-efficiency" in shown
+    assert "tokens/day" in shown, "the claim is refused, the estimate is not"
 
 
 def test_throughput_refuses_a_layer_above_the_peak(tmp_path, capsys):

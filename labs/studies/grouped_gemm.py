@@ -441,7 +441,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
 
 def draw_schedules(schedules: dict, under: str) -> Figure:
     """A row an SM, a bar a tile, a colour an expert: above with a launch an expert, below with one for all."""
-    fig, axes = figure("Which SM ran which expert's tile, when (a colour is an expert)", under, rows=2)
+    fig, axes = figure("Which SM ran which expert's tile, when (colours repeat)", under, rows=2)
     colors = get_cmap("tab20")
     end = max(one["span_us"] for one in schedules.values())
     for ax, (name, one) in zip(axes, schedules.items(), strict=True):
@@ -456,7 +456,7 @@ def draw_schedules(schedules: dict, under: str) -> Figure:
 
 
 def conclude(figures: dict) -> str:
-    """How much of its even-load speed each way keeps at its worst skew, and who wins at most experts."""
+    """How much of its even-load speed each way keeps at its worst skew; who wins at most experts, on which clock."""
     def speeds(point: dict) -> dict[str, float]:
         return {name: m["tflops"]["p50"] for name, m in point["methods"].items() if m["status"] == "ok"}
 
@@ -467,11 +467,17 @@ def conclude(figures: dict) -> str:
     many = speeds(last)
     winner = max(many, key=many.get)
     launches = last["methods"]["loop of cuBLAS"]["launches"]
-    words = f" in {launches} launches" if launches else ""
+    words, clock, wall = "", "by wall time", ""
+    if launches:
+        walls = {name: last["methods"][name]["wall_ms"]["p50"] for name in many}
+        soonest = min(walls, key=walls.get)
+        words, clock = f" in {launches} launches", "on the GPU's clock"
+        wall = f", and by wall time {soonest} with {number(walls[soonest])} ms"
+        wall += "" if soonest == winner else f" against its {number(walls[winner])}"
     gain = number(many[winner] / many["loop of cuBLAS"])
     return (f"At its worst load skew each keeps this share of its speed at an even load: {listed}; at {last['E']} "
-            f"experts {winner} is fastest with {number(many[winner])} TFLOP/s, {gain} times a loop of cuBLAS "
-            f"calls{words}.")
+            f"experts {winner} is fastest {clock} with {number(many[winner])} TFLOP/s, {gain} times a loop of "
+            f"cuBLAS calls{words}{wall}.")
 
 
 STUDY = Study("grouped_gemm", "Why does irregular work hurt, and which grouped GEMM bears it?", measure, table, draw,

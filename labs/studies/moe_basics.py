@@ -147,8 +147,9 @@ def table(figures: dict) -> list[Table | str]:
         [step, number(spread["p50"]), f"{number(spread['p20'])} to {number(spread['p80'])}",
          percent(spread["p50"] / total)] for step, spread in figures["ms"].items()]))
     rows = figures["rows_per_expert"]
+    cut = f", first 16 of {shape['E']} experts" if shape["E"] > 16 else ""
     parts.append(plain_table(
-        f"Balance loss {figures['balance_loss']:.4f} (even: 1)",
+        f"Balance loss {figures['balance_loss']:.4f} (even: 1){cut}",
         ["expert", "rows", f"share (even {1 / shape['E']:.1%})"],
         [[str(e), f"{count:,}", f"{count / sum(rows):.1%}"] for e, count in enumerate(rows[:16])]))
     return parts

@@ -47,11 +47,11 @@ class Library:
 
 
 LIBRARIES = (
-    Library("this project", "nothing to install: labs/full_moe.py", "yyyyyynpy",
+    Library("this project", "pip install -e . in the repository; or run labs/full_moe.py as it is", "yyyyyynpy",
             "a ladder whose every level passes one oracle; token rounding in four modes; runs on a CPU too",
             "labs/full_moe.py, labs/kernels"),
     Library("triton_kernels", "pip install vllm, then put vllm/third_party on PYTHONPATH; or Triton's repository",
-            "ynyyynyny", "MXFP4 weights in plain Triton",
+            "ynyyynypy", "MXFP4 weights in plain Triton",
             "github.com/triton-lang/triton, python/triton_kernels"),
     Library("transformers", "pip install 'transformers>=5'", "yyynnnppy",
             "any of its MoE models, with a choice of experts backends a line away",

@@ -31,11 +31,12 @@ from labs.studies.study import COLORS, Options, Study, figure, legend_above, mai
 
 # What a kernel does, by parts of its name: the first that fits.
 KINDS = {
-    "expert GEMMs": ("grouped_gemm", "up_kernel", "up_swiglu", "down_kernel", "up_gather", "up_rows", "bmm"),
+    "expert GEMMs": ("grouped_gemm", "up_kernel", "up_swiglu", "up_gather", "up_rows", "up_ahead", "down_kernel",
+                     "down_combine", "bmm"),
     "router GEMM": ("nvjet", "gemm", "cutlass", "logits", "mm"),
     "activation": ("silu",),
     "sort, top-k, offsets": ("sort", "topk", "searchsorted", "arange", "place", "choose", "route", "softmax", "plan",
-                             "rank_keys", "round_counts", "select_rows", "list_entries"),
+                             "rank_keys", "round_counts", "select_rows", "list_entries", "work_kernel"),
     "gather, combine": ("gather", "index", "combine", "scatter", "spread", "reduce", "sum"),
 }
 REST = "casts, products, copies"
@@ -157,7 +158,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
 
 
 def conclude(figures: dict) -> str:
-    """Of the first level at the most tokens and at the fewest; and what the last level leaves of it."""
+    """Of the first level at the most tokens and at the fewest; and which kinds of kernels another level has no more."""
     runs = figures["runs"]
     name = runs[0]["level"]
     mine = sorted((run for run in runs if run["level"] == name), key=lambda run: run["T"])
@@ -170,10 +171,11 @@ def conclude(figures: dict) -> str:
     other = next((run for run in runs if run["level"] != name and run["T"] == many["T"]), None)
     if other is None:
         return said + "."
-    left = other["busy_ms"] - by_kind(other)["expert GEMMs"]
-    return (f"{said}; {other['level']} does gather and activation inside its GEMMs, which leaves {number(left)} ms "
-            f"around them and {number(by_kind(other)['expert GEMMs'])} in them, against "
-            f"{number(many['busy_ms'] * share)}.")
+    theirs = by_kind(other)
+    gone = [kind for kind, ms in by_kind(many).items() if ms and not theirs[kind]]
+    words = f"has no kernel left for {'; '.join(gone)}, " if gone else ""
+    return (f"{said}; {other['level']} {words}spends {number(other['busy_ms'] - theirs['expert GEMMs'])} ms around its "
+            f"expert GEMMs and {number(theirs['expert GEMMs'])} in them, against {number(many['busy_ms'] * share)}.")
 
 
 STUDY = Study("reading_a_profile", "Where does level 4's time go, and what does that ask of level 8?", measure, table,

@@ -1,6 +1,6 @@
 """How does a router spread its tokens, what does a capacity drop, and what evens the load out?
 
-    python labs/studies/routing.py [--steps 400]
+    python labs/studies/routing.py [--steps 200]
 
 Temperature, load statistics and capacity are read off one batch; the three remedies, balance loss, z-loss and a moving
 bias, off real trainings of the small byte-level MoE language model, three seeds each.
@@ -45,7 +45,7 @@ HEAT_TOKENS = 48
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The training's length."""
-    parser.add_argument("--steps", type=int, help="of each training (default: 400 on a GPU, 12 without)")
+    parser.add_argument("--steps", type=int, help="of each training (default: 200 on a GPU, 12 without)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each remedy (default: 3)")
 
 
@@ -111,7 +111,7 @@ def measure(options: Options) -> dict:
     full, device = options.full, options.device
     cfg = MoEConfig("routing", D=256, F=8, E=64 if full else 16, K=8 if full else 2)
     T = 16384 if full else 1024
-    steps = options.args.steps if options.args.steps is not None else (400 if full else 12)
+    steps = options.args.steps if options.args.steps is not None else (200 if full else 12)
     seeds = options.args.seeds if full else min(options.args.seeds, 2)
     if steps < 1 or seeds < 1:
         raise ValueError(f"--steps {steps} --seeds {seeds}: at least 1 of each")
@@ -231,7 +231,7 @@ def conclude(figures: dict) -> str:
     listed = ", ".join(f"{name} {value:.2f}" for name, value in others.items())
     return (f"After {figures['training']['steps']} steps the Gini coefficient is {ends['none']:.2f} with no remedy "
             f"({listed}); {best} moves the held-out loss by {gap:+.3f} nats a byte, where seeds alone differ by "
-            f"{spread:.3f}. A temperature leaves {percent(same)} of the choices as they were: it changes weights only.")
+            f"{spread:.3f}; a temperature leaves {percent(same)} of the choices as they were and changes weights only.")
 
 
 STUDY = Study("routing", "How does a router spread its tokens, what does a capacity drop, and what evens the load out?",

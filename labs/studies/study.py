@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -84,6 +84,8 @@ def main(study: Study, argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (Unsupported, Refused) as refusal:
+        for part in getattr(refusal, "parts", ()):
+            console.print(part)
         print(f"{study.name}: {refusal}", file=sys.stderr)
         return 1
     figures = record["figures"]
@@ -98,7 +100,11 @@ def main(study: Study, argv: list[str] | None = None) -> int:
 
 
 class Refused(RuntimeError):
-    """A study's inputs lead to a result that cannot be; the message says by how much."""
+    """A study's inputs lead to a result that cannot be; the message says by how much. parts: what to print first."""
+
+    def __init__(self, message: str, parts: Iterable[Table | str] = ()):
+        super().__init__(message)
+        self.parts = tuple(parts)
 
 
 class Progress:
@@ -263,7 +269,7 @@ def plain_table(title: str, headings: list[str], rows: list[list[str]]) -> Table
     """A rich table whose first column is text and whose others are figures."""
     table = Table(title=title, title_justify="left")
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left")
+        table.add_column(heading, justify="right" if place else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

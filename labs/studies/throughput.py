@@ -173,8 +173,10 @@ def backward_time(args: argparse.Namespace, measured: dict) -> dict:
         return {"times": 2.0 if args.backward is None else args.backward, "source": source, "measured": False}
     ours = next(row for row in found["rows"] if row["name"] == "our kernels")
     forward, step = (ours[key]["p50"] for key in ("forward_ms", "step_ms"))
-    return {"times": (step - forward) / forward, "measured": True,
-            "source": f"{BACKWARD_TIMES.relative_to(ROOT)}, the experts at {found['shape']['T']:,} tokens"}
+    commit = json.loads(BACKWARD_TIMES.read_text())["environment"]["commit"]
+    return {"times": (step - forward) / forward, "measured": True, "commit": commit,
+            "source": f"{BACKWARD_TIMES.relative_to(ROOT)}, the experts at {found['shape']['T']:,} tokens, commit "
+                      f"{commit}"}
 
 
 def model_of(args: argparse.Namespace) -> Model:
@@ -244,12 +246,12 @@ def estimate(args: argparse.Namespace, measured: dict, backward: float) -> dict:
             "weights_gb": weights_gb, "memory_gb": hardware.gigabytes * args.num_gpus}
 
 
-def refuse_above_peak(share: float, what: str, gpus: int, hardware: str) -> None:
-    """Raise Refused, saying by how much, if `what` needs more than the GPUs' peak."""
+def refuse_above_peak(share: float, what: str, gpus: int, hardware: str, parts: list[Table | str]) -> None:
+    """Raise Refused, saying by how much, if `what` needs more than the GPUs' peak; `parts` are printed before."""
     if share > 1:
         peak = HARDWARE[hardware].tflops * gpus
         raise Refused(f"refused: {what} needs {share * peak / 1e3:,.1f} PFLOP/s, {number(share)} times the "
-                      f"{peak / 1e3:,.1f} PFLOP/s that {gpus} {hardware} have at their peak")
+                      f"{peak / 1e3:,.1f} PFLOP/s that {gpus} {hardware} have at their peak", parts)
 
 
 def measure(options: Options) -> dict:
@@ -259,16 +261,6 @@ def measure(options: Options) -> dict:
     measured = layer_time(args)
     backward = backward_time(args, measured)
     found = estimate(args, measured, backward["times"])
-    layer = f"a MoE layer of {args.config} in {number(found['layer_ms'])} ms for {measured['tokens']:,} tokens"
-    layer += f" and a backward of {number(backward['times'])} times that" if args.mode == "training" else ""
-    refuse_above_peak(found["layer_share_of_peak"], layer, 1, args.hardware)
-    refuse_above_peak(found["case"]["share_of_peak"], f"{found['case']['tokens_per_day']:.3g} tokens a day",
-                      args.num_gpus, args.hardware)
-    if args.claim is not None:
-        share = args.claim / found["case"]["peak_per_day"]
-        refuse_above_peak(share, f"the claim of {args.claim:.3g} tokens a day ({args.mode}, {args.config})",
-                          args.num_gpus, args.hardware)
-        found["claim"] = {"tokens_per_day": args.claim, "share_of_peak": share}
     hardware, model = HARDWARE[args.hardware], model_of(args)
     assumptions = [
         ["--times, --level", f"{measured['source']}, level {measured['level']}: {number(measured['ms'])} ms for "
@@ -287,9 +279,21 @@ def measure(options: Options) -> dict:
         ["--price", f"${found['price']:.2f} a GPU hour"],
     ]
     stamp = measured["environment"]
-    return {"config": args.config, "hardware": args.hardware, "num_gpus": args.num_gpus, "mode": args.mode,
-            "measured": {key: measured[key] for key in ("ms", "tokens", "source", "level")},
-            "backward": backward, "assumptions": assumptions, **found} | ({"environment": stamp} if stamp else {})
+    figures = {"config": args.config, "hardware": args.hardware, "num_gpus": args.num_gpus, "mode": args.mode,
+               "measured": {key: measured[key] for key in ("ms", "tokens", "source", "level")},
+               "backward": backward, "assumptions": assumptions, **found} | ({"environment": stamp} if stamp else {})
+    layer = f"a MoE layer of {args.config} in {number(found['layer_ms'])} ms for {measured['tokens']:,} tokens"
+    layer += f" and a backward of {number(backward['times'])} times that" if args.mode == "training" else ""
+    rests, *_ = parts = table(figures)
+    refuse_above_peak(found["layer_share_of_peak"], layer, 1, args.hardware, [rests])
+    refuse_above_peak(found["case"]["share_of_peak"], f"{found['case']['tokens_per_day']:.3g} tokens a day",
+                      args.num_gpus, args.hardware, [rests])
+    if args.claim is not None:
+        share = args.claim / found["case"]["peak_per_day"]
+        refuse_above_peak(share, f"the claim of {args.claim:.3g} tokens a day ({args.mode}, {args.config})",
+                          args.num_gpus, args.hardware, parts)
+        figures["claim"] = {"tokens_per_day": args.claim, "share_of_peak": share}
+    return figures
 
 
 # ---- showing -------------------------------------------------------------------------------------
@@ -318,7 +322,8 @@ def table(figures: dict) -> list[Table | str]:
 
 def draw(figures: dict, under: str) -> dict[str, Figure]:
     """Tokens a day against GPUs: with the losses of scaling, without, and at the peak."""
-    pair = ", and a measured backward" if figures["backward"]["measured"] else ""
+    backward = figures["backward"]
+    pair = f", and a backward measured at commit {backward['commit']}" if backward["measured"] else ""
     fig, (ax,) = figure(f"{figures['config']}, {figures['mode']} on {figures['hardware']}: tokens a day against GPUs",
                         f"layer time from {figures['measured']['source']} (level {figures['measured']['level']}"
                         f"{pair}), all else assumed  |  {under}")

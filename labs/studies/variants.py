@@ -235,9 +235,10 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
                         ax.bar(at, row[key], 0.19, color=color, gid=f"{mode} {variant} {size['preset']}")
                         ax.text(at, row[key], f" {number(row[key])}", ha="center", va="bottom", fontsize=14,
                                 rotation=90)
-                    elif row["status"] != "ok":
-                        ax.text(at, 0.01, row["status"].partition(" (")[0], ha="center", va="bottom", fontsize=13,
-                                rotation=90, transform=ax.get_xaxis_transform())
+                    elif row.get(key) == 0 or row["status"] != "ok":
+                        words = "0" if row.get(key) == 0 else row["status"].partition(" (")[0]
+                        ax.text(at, 0.01, words, ha="center", va="bottom", fontsize=14, rotation=90,
+                                transform=ax.get_xaxis_transform())
             ax.set_xticks(range(len(sizes)), [f"{name}\n{size['shape']['E']} experts" for name, size in sizes.items()])
             ax.set(title=mode, ylabel=unit, xlim=(-0.5, len(sizes) - 0.5))
             if key == "peak_mib":
@@ -259,10 +260,11 @@ def conclude(figures: dict) -> str:
         words = ""
         if saved["full"].get("peak_mib") and saved["grouped"].get("peak_mib"):
             words = f", with {number(saved['full']['peak_mib'] / saved['grouped']['peak_mib'])} of grouped's memory"
-        better = [f"; in {mode} {best} is faster, {number(ran[best]['speedup'])} times" for mode, ran, best in
+        better = [f"in {mode} {best} is faster, {number(ran[best]['speedup'])} times" for mode, ran, best in
                   ((mode, size[mode], faster_than_full(size[mode])) for mode in ("inference", "training")) if best]
-        parts.append(f"{name} ({size['shape']['E']} experts): {' and '.join(gains)}{words}{''.join(better)}")
-    return f"The full layer over the vanilla loop: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+        slower = f" ({', '.join(better)})" if better else ""
+        parts.append(f"at {name} ({size['shape']['E']} experts) {' and '.join(gains)}{words}{slower}")
+    return f"The full layer over the vanilla loop gains {'; '.join(parts)}."
 
 
 def faster_than_full(rows: dict[str, dict]) -> str | None:
