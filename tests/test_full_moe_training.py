@@ -92,7 +92,8 @@ def test_main_grads_take_the_experts_gradients(options, autocast, device):
     for main_grad, weight, name in zip(main_grads, layer.experts.parameters(),
                                        ("experts.gate_up_proj", "experts.down_proj"), strict=True):
         assert weight.grad is None
-        torch.testing.assert_close(main_grad - 1, wanted[name], rtol=1e-4, atol=1e-5)
+        # Under autocast on a GPU the kernels round nothing on the way into a main grad, and gradients to bfloat16.
+        assert relative_error(main_grad - 1, wanted[name].double()) < (5e-3 if autocast else 1e-5)
     assert torch.equal(layer.gate.weight.grad, wanted["gate.weight"])
 
 
