@@ -149,6 +149,17 @@ def test_gradients_of_a_rounded_routing_are_the_oracles(case, mode, device):
     assert_right(problem, problem.run(), dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("mode", ["exact", "nearest"])
+@pytest.mark.parametrize("routing", ["natural", "uniform", "skewed", "one_hot", "sparse"])
+def test_gradients_at_real_tiles(routing, mode, device):
+    """The sizes at which level 8's forward is tested: experts of several tiles, none of them whole."""
+    case = Case("real", T=777, D=520, F=392, E=16, K=4, routing=routing)
+    problem = Problem(case, DTYPES[0], device, mode, tile=64)
+    assert_right(problem, problem.run(), DTYPES[0])
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize(("T", "E", "K"), [(1, 1, 1), (5, 3, 3), (129, 7, 2), (300, 130, 3), (700, 20, 4), (0, 4, 2)])
 def test_the_counting_sort_is_a_stable_sort(T, E, K, ids_dtype, device):
