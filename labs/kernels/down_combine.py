@@ -35,13 +35,13 @@ from labs.kernels.grouped_gemm import (
     LAUNCH,
     down_operands,
     find_tile,
+    load_tile,
     multiply,
-    next_stage,
     open_barriers,
     open_ring,
     store_y,
 )
-from labs.kernels.grouped_gemm import _BLOCK_K, _BLOCK_N, _ROW_BYTES, _ROWS, _STAGES, _WARPGROUPS, _WEIGHT_BYTES
+from labs.kernels.grouped_gemm import _BLOCK_K, _BLOCK_N, _ROWS, _WARPGROUPS
 from labs.kernels.launch import require
 from labs.kernels.tiles import BANDS, TilePlan
 
@@ -49,7 +49,7 @@ import triton  # after common.level, which the above import
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # In kernels M, N and K are the GEMM tile's axes; top-k is TOP_K.
@@ -84,7 +84,6 @@ def find_band_tile(tiles_ptr, walk, tile):
 @gluon.jit
 def produce(hidden_desc, down_desc, tiles_ptr, walk, D, ring):
     """grouped_gemm.py's produce_rows, band by band."""
-    rows, weights, full, empty = ring
     stage = 0
     phase = 0
     grid = gl.num_programs(0)
@@ -92,15 +91,7 @@ def produce(hidden_desc, down_desc, tiles_ptr, walk, D, ring):
     for tile in range(gl.program_id(0), walk[0] * walk[1], grid):
         after = find_band_tile(tiles_ptr, walk, tile + grid)
         weight_row = expert * D + column * _BLOCK_N
-        for k in range(walk[3]):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES)
-            tma.async_copy_global_to_shared(down_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
-            for wg in gl.static_range(_WARPGROUPS):
-                tma.async_copy_global_to_shared(hidden_desc, [row + wg * _ROWS, k * _BLOCK_K], bar,
-                                                rows.index(stage * _WARPGROUPS + wg))
-            stage, phase = next_stage(stage, phase, _STAGES)
+        stage, phase = load_tile(hidden_desc, down_desc, row, weight_row, walk[3], stage, phase, ring)
         expert, row, _, column, _ = after
 
 

@@ -152,10 +152,25 @@ def open_ring(FULL_ARRIVALS: gl.constexpr):
 
 # ----------------------------------------------------------------------------------------------------- producers
 @gluon.jit
-def produce_rows(rows_desc, weights_desc, walk, weight_rows, ring):
-    """One warp fills the ring by TMA: 128 contiguous rows and 256 weight rows a stage."""
-    tiles_ptr, total, column_tiles, k_steps = walk
+def load_tile(rows_desc, weights_desc, row, weight_row, k_steps, stage, phase, ring):
+    """All K steps of an output tile by TMA: 128 contiguous rows and 256 weight rows a stage."""
     rows, weights, full, empty = ring
+    for k in range(k_steps):
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES)
+        tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
+        for wg in gl.static_range(_WARPGROUPS):
+            tma.async_copy_global_to_shared(rows_desc, [row + wg * _ROWS, k * _BLOCK_K], bar,
+                                            rows.index(stage * _WARPGROUPS + wg))
+        stage, phase = next_stage(stage, phase, _STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def produce_rows(rows_desc, weights_desc, walk, weight_rows, ring):
+    """One warp fills the ring by TMA."""
+    tiles_ptr, total, column_tiles, k_steps = walk
     stage = 0
     phase = 0
     grid = gl.num_programs(0)
@@ -163,15 +178,7 @@ def produce_rows(rows_desc, weights_desc, walk, weight_rows, ring):
     for tile in range(gl.program_id(0), total, grid):
         after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
         weight_row = expert * weight_rows + column * _BLOCK_N
-        for k in range(k_steps):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES)
-            tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
-            for wg in gl.static_range(_WARPGROUPS):
-                tma.async_copy_global_to_shared(rows_desc, [row + wg * _ROWS, k * _BLOCK_K], bar,
-                                                rows.index(stage * _WARPGROUPS + wg))
-            stage, phase = next_stage(stage, phase, _STAGES)
+        stage, phase = load_tile(rows_desc, weights_desc, row, weight_row, k_steps, stage, phase, ring)
         expert, row, _, column, _ = after
 
 

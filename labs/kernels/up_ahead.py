@@ -35,21 +35,19 @@ from labs.kernels.grouped_gemm import (
     consume,
     describe,
     find_tile_ahead,
-    next_stage,
+    load_tile,
     open_ring,
     store_hidden,
     sync_threads,
     up_operands,
     walk_tiles,
 )
-from labs.kernels.grouped_gemm import _BLOCK_K, _BLOCK_N, _FIELDS, _ROW_BYTES, _ROWS, _STAGES, _WARPGROUPS
-from labs.kernels.grouped_gemm import _WEIGHT_BYTES
+from labs.kernels.grouped_gemm import _BLOCK_N, _FIELDS
 from labs.kernels.tiles import TilePlan, check
 
 from triton.experimental import gluon  # after common.level, which the above import
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # In kernels M, N and K are the GEMM tile's axes.
@@ -132,7 +130,6 @@ def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, cop
 def produce(rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, weight_rows, ring):
     """grouped_gemm.py's produce_rows, which waits for a tile's rows first."""
     tiles_ptr, total, column_tiles, k_steps = walk
-    rows, weights, full, empty = ring
     stage = 0
     phase = 0
     grid = gl.num_programs(0)
@@ -144,15 +141,7 @@ def produce(rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, weight_rows, ri
             pass
         fence_async_global(1)
         gl.atomic_add(begun_ptr, 1, sem="relaxed", scope="gpu")
-        for k in range(k_steps):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES)
-            tma.async_copy_global_to_shared(gate_up_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
-            for wg in gl.static_range(_WARPGROUPS):
-                tma.async_copy_global_to_shared(rows_desc, [row + wg * _ROWS, k * _BLOCK_K], bar,
-                                                rows.index(stage * _WARPGROUPS + wg))
-            stage, phase = next_stage(stage, phase, _STAGES)
+        stage, phase = load_tile(rows_desc, gate_up_desc, row, weight_row, k_steps, stage, phase, ring)
         expert, row, used, column, row_tile = after
 
 
