@@ -16,7 +16,7 @@ from common.measure import profile_call
 from common.model import make_inputs, make_weights
 from common.show import Screen, number
 
-SEAMS = ("route", "dispatch", "experts", "combine")
+SEAMS = ("route", "dispatch", "experts", "combine", "experts_combined")
 CALLS = 3
 
 

@@ -23,6 +23,7 @@ from labs import level8_tma_overlap as level8
 from labs.kernels import choice as choosing
 from labs.kernels import ops
 from labs.kernels.choice import Choice, Chooser
+from labs.kernels.combine import combine
 from labs.kernels.plain_gemm import TILES
 from labs.kernels.rounding import describe, plan_rounding
 from labs.kernels.routing import new_arrivals
@@ -104,10 +105,9 @@ def test_operators_pass_pytorchs_own_check(device):
                      *ops.fields(choice))
         torch.library.opcheck(ops.experts, arguments, test_utils=utils)
     y_RD = ops.experts(*arguments)
-    torch.library.opcheck(ops.combine, (y_RD, row_of_slot_TK, scores_TK), test_utils=utils)
     both = (*arguments[:6], row_of_slot_TK, scores_TK, *arguments[6:])
     torch.library.opcheck(ops.experts_combined, both, test_utils=utils)
-    assert torch.equal(ops.experts_combined(*both), ops.combine(y_RD, row_of_slot_TK, scores_TK))
+    assert torch.equal(ops.experts_combined(*both), combine(y_RD, row_of_slot_TK, scores_TK))
     with pytest.raises(ValueError, match="kernels='fast'"):
         ops.experts(*arguments[:6], "fast", 8, [])
 

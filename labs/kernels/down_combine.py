@@ -87,11 +87,12 @@ def produce(hidden_desc, down_desc, tiles_ptr, walk, D, ring):
     stage = 0
     phase = 0
     grid = gl.num_programs(0)
+    row_tiles, column_tiles, _, k_steps = walk
     expert, row, _, column, _ = find_band_tile(tiles_ptr, walk, gl.program_id(0))
-    for tile in range(gl.program_id(0), walk[0] * walk[1], grid):
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, grid):
         after = find_band_tile(tiles_ptr, walk, tile + grid)
         weight_row = expert * D + column * _BLOCK_N
-        stage, phase = load_tile(hidden_desc, down_desc, row, weight_row, walk[3], stage, phase, ring)
+        stage, phase = load_tile(hidden_desc, down_desc, row, weight_row, k_steps, stage, phase, ring)
         expert, row, _, column, _ = after
 
 
@@ -101,10 +102,11 @@ def consume(y_ptr, D, tiles_ptr, walk, ring, stored, WG: gl.constexpr):
     stage = 0
     phase = 0
     grid = gl.num_programs(0)
+    row_tiles, column_tiles, _, k_steps = walk
     _, row, used, column, band = find_band_tile(tiles_ptr, walk, gl.program_id(0))
-    for tile in range(gl.program_id(0), walk[0] * walk[1], grid):
+    for tile in range(gl.program_id(0), row_tiles * column_tiles, grid):
         after = find_band_tile(tiles_ptr, walk, tile + grid)
-        acc, stage, phase = multiply(ring, stage, phase, walk[3], WG, False)
+        acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, False)
         if used > WG * _ROWS:
             store_y(y_ptr, D, acc, row + WG * _ROWS, column, row + used)
         mbarrier.arrive(stored.index(band), pred=after[4] != band)
@@ -121,7 +123,8 @@ def wait_for_band(band, walk, stored, done_ptr):
     """
     program = gl.program_id(0)
     grid = gl.num_programs(0)
-    band_size = walk[0] * walk[2]
+    row_tiles, _, band_tiles, _ = walk
+    band_size = row_tiles * band_tiles
     start = band * band_size
     own = program + gl.cdiv(gl.maximum(start - program, 0), grid) * grid  # this program's first tile from there on
     if own < start + band_size:

@@ -3,8 +3,7 @@
     moe_lab::route    (T, D) -> scores and the index arrays that sort the rows      routing.py
     moe_lab::spread   (T, D) -> (R, D), rows gathered before the experts            tiles.py
     moe_lab::experts  (T, D) or (R, D) -> (R, D)                                    the kernels that `choice` names
-    moe_lab::combine  (R, D) -> (T, D)                                              combine.py
-    moe_lab::experts_combined   both, (T, D) or (R, D) -> (T, D)                    down_combine.py where it can
+    moe_lab::experts_combined  the same and combine.py, -> (T, D)                   down_combine.py where it can
 
 Operators take no tuples: a Choice travels as its fields, `kernels`, `group` and `tile` ([] for none).
 """
@@ -122,17 +121,6 @@ def experts(
 @experts.register_fake
 def _(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, kernels, group, tile):
     return x.new_empty(token_of_row_R.shape[0], down_EDF.shape[1])
-
-
-@torch.library.custom_op("moe_lab::combine", mutates_args=())
-def combine(y_RD: Tensor, row_of_slot_TK: Tensor, scores_TK: Tensor) -> Tensor:
-    """combine.combine: each token's rows, summed with their scores."""
-    return combining.combine(y_RD, row_of_slot_TK, scores_TK)
-
-
-@combine.register_fake
-def _(y_RD, row_of_slot_TK, scores_TK):
-    return y_RD.new_empty(row_of_slot_TK.shape[0], y_RD.shape[1])
 
 
 @torch.library.custom_op("moe_lab::experts_combined", mutates_args=())
