@@ -97,34 +97,27 @@ def test_every_output_tile_is_found_once(counts, column_tiles):
     assert sorted(found) == [(row, column) for row in range(len(table)) for column in range(column_tiles)]
 
 
-@pytest.mark.parametrize("programs", [1, 7, 132])
 @pytest.mark.parametrize(("row_tiles", "D"), [(5, 2048), (1, 7168), (40, 1288), (3, 8192), (0, 2048), (17, 8)])
-def test_bands_cover_every_output_tile_and_count_their_programs(row_tiles, D, programs):
-    """What find_band_tile and wait_for_band do, in Python."""
+def test_bands_cover_every_output_tile_in_turn(row_tiles, D):
+    """What find_band_tile does, in Python."""
     column_tiles, band_tiles = -(-D // 256), down_combine.band_tiles_for(D)
-    bands = -(-column_tiles // band_tiles)
-    assert bands <= tiles.BANDS
-    found, programs_of_band = [], [set() for _ in range(bands)]
+    assert -(-column_tiles // band_tiles) <= tiles.BANDS
+    found, bands = [], []
     for tile in range(row_tiles * column_tiles):
         band = tile // (row_tiles * band_tiles)
         width = min(column_tiles - band * band_tiles, band_tiles)
         column, row = divmod(tile - band * band_tiles * row_tiles, row_tiles)  # as one group of all row tiles
         assert column < width
         found.append((row, band * band_tiles + column))
-        programs_of_band[band].add(tile % programs)
+        bands.append(band)
     assert sorted(found) == [(row, column) for row in range(row_tiles) for column in range(column_tiles)]
-    size = row_tiles * band_tiles
-    for band in range(bands - 1):
-        assert len(programs_of_band[band]) == min(programs, size)
-        for program in range(programs):
-            own = program + -(-max(band * size - program, 0) // programs) * programs
-            assert (own < band * size + size) == (program in programs_of_band[band])
+    assert bands == sorted(bands), "a program that claims tiles in their order leaves a band for good"
 
 
 def test_plan_starts_its_counters_at_zero():
     plan = tiles.plan_tiles(offsets([3, 0, 200]), 203)
     assert plan.ready_X[: int(plan.tile_count)].tolist() == [0] * 3
-    assert plan.begun.tolist() == [0]
+    assert plan.claimed_up.tolist() == plan.claimed_down.tolist() == plan.begun.tolist() == [0]
     assert plan.done_B.tolist() == [0] * tiles.BANDS
 
 
@@ -169,7 +162,7 @@ def test_gate_and_up_alternate_in_blocks_of_8():
 
 def operands(D: int = 256, F: int = 256, dtype: torch.dtype = torch.bfloat16, tile_rows: int = 128) -> dict:
     plan = tiles.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows,
-                          *(torch.empty(n, dtype=torch.int32) for n in (3, 1, tiles.BANDS)), [])
+                          *(torch.empty(n, dtype=torch.int32) for n in (1, 1, 3, 1, tiles.BANDS)), [])
     return {"rows": torch.empty(128, D, dtype=dtype), "gate_up": torch.empty(2, 2 * F, D, dtype=dtype),
             "down": torch.empty(2, D, F, dtype=dtype), "hidden": torch.empty(128, F, dtype=dtype), "plan": plan}
 
@@ -225,10 +218,10 @@ def test_down_combine_refuses_what_does_not_fit():
 
 def test_a_plan_counts_once():
     plan = tiles.plan_tiles(offsets([3]), 3)
-    plan.count_once("up_ahead")
-    plan.count_once("down_combine")
-    with pytest.raises(ValueError, match="up_ahead already"):
-        plan.count_once("up_ahead")
+    plan.count_once("up")
+    plan.count_once("down")
+    with pytest.raises(ValueError, match="one up projection already"):
+        plan.count_once("up")
 
 
 def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
@@ -246,7 +239,8 @@ def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
     out = down_combine.down_combine(hidden, tensors["down"], plan, slots, scores, 1)
     assert given["hidden_desc"].base is hidden
     for name, tensor in {"tiles_ptr": plan.tiles_X5, "tile_count_ptr": plan.tile_count, "done_ptr": plan.done_B,
-                         "row_of_slot_ptr": slots, "scores_ptr": scores, "out_ptr": out}.items():
+                         "claimed_ptr": plan.claimed_down, "row_of_slot_ptr": slots, "scores_ptr": scores,
+                         "out_ptr": out}.items():
         assert given[name] is tensor, name
     assert (given["D8"], given["F8"], given["T"], given["band_tiles"]) == (161, 32, 16, 2)
     assert (given["TOP_K"], given["CHOICES"], given["launch_cooperative_grid"]) == (8, 8, True)
@@ -267,7 +261,8 @@ def test_up_ahead_hands_its_arguments_on_in_their_order(monkeypatch):
     tokens = torch.zeros(128, dtype=torch.int32)
     up_ahead.up_ahead(x, tokens, gate_up, plan, hidden, 1)
     for name, tensor in {"x_ptr": x, "token_of_row_ptr": tokens, "ready_ptr": plan.ready_X, "begun_ptr": plan.begun,
-                         "hidden_ptr": hidden, "tiles_ptr": plan.tiles_X5, "tile_count_ptr": plan.tile_count}.items():
+                         "hidden_ptr": hidden, "tiles_ptr": plan.tiles_X5, "tile_count_ptr": plan.tile_count,
+                         "claimed_ptr": plan.claimed_up}.items():
         assert given[name] is tensor, name
     assert given["rows_desc"].base is given["rows_ptr"]
     assert given["rows_ptr"].shape == (128, 320)
@@ -275,6 +270,8 @@ def test_up_ahead_hands_its_arguments_on_in_their_order(monkeypatch):
     assert (given["D8"], given["F8"], given["launch_cooperative_grid"]) == (40, 32, True)
     with pytest.raises(ValueError, match="token_of_row_R"):
         up_ahead.up_ahead(x, tokens.long(), gate_up, plan, hidden, 1)
+    with pytest.raises(ValueError, match="one up projection already"):
+        grouped_gemm.up_rows(x, gate_up, plan, hidden, 1)
 
 
 def test_tall_kernels_refuse_a_short_inner_dimension():
@@ -309,6 +306,8 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
         grouped_gemm.up_gather(rows, tokens, gate_up, plan, hidden, 1)
         assert given["x_ptr"] is rows
         assert given["token_of_row_ptr"] is tokens
+        assert given["claimed_ptr"] is plan.claimed_up
+        plan.counted.clear()
     getattr(module, f"{prefix}up_rows")(rows, gate_up, plan, hidden, 1)
     assert given["gate_up_desc"].base.data_ptr() == gate_up.data_ptr()
     assert (*given["gate_up_desc"].shape, *given["gate_up_desc"].block_shape) == (2 * 512, 320, 256, 64)
@@ -316,12 +315,14 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
     assert given["tiles_ptr"] is plan.tiles_X5
     assert given["tile_count_ptr"] is plan.tile_count
     assert (given["D8"], given["F8"]) == (40, 32)
+    assert prefix or given["claimed_ptr"] is plan.claimed_up
     assert given["rows_desc"].base is rows
     assert given["rows_desc"].block_shape == [64, 64]
     getattr(module, f"{prefix}down")(hidden, down, plan, y, 1)
     assert given["hidden_desc"].base is hidden
     assert (*given["down_desc"].shape, *given["down_desc"].block_shape) == (2 * 320, 256, 256, 64)
     assert given["y_ptr"] is y
+    assert prefix or given["claimed_ptr"] is plan.claimed_down
     assert (given["D8"], given["F8"]) == (40, 32)
 
 
@@ -333,19 +334,22 @@ def describe(rows: int) -> str:
 
 
 TABLE = {"tiles_ptr": "*i32", "tile_count_ptr": "*i32", "D8": "i32", "F8": "i32"}
-GATHER = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "gate_up_desc": describe(256), "hidden_ptr": "*bf16", **TABLE}
+CLAIMED = {"claimed_ptr": "*i32"}
+GATHER = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", **CLAIMED, "gate_up_desc": describe(256),
+          "hidden_ptr": "*bf16", **TABLE}
 UP = {"rows_desc": describe(64), "gate_up_desc": describe(256), "hidden_ptr": "*bf16", **TABLE}
 DOWN = {"hidden_desc": describe(64), "down_desc": describe(256), "y_ptr": "*bf16", **TABLE}
 KERNELS = {
-    "up_gather_kernel": ("grouped_gemm", GATHER), "up_rows_kernel": ("grouped_gemm", UP),
-    "down_kernel": ("grouped_gemm", DOWN), "tall_up_rows_kernel": ("tall_gemm", UP),
+    "up_gather_kernel": ("grouped_gemm", GATHER), "up_rows_kernel": ("grouped_gemm", {**CLAIMED, **UP}),
+    "down_kernel": ("grouped_gemm", {**CLAIMED, **DOWN}), "tall_up_rows_kernel": ("tall_gemm", UP),
     "tall_down_kernel": ("tall_gemm", DOWN),
 }
 
 
 AHEAD = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "rows_desc": describe(64), "rows_ptr": "*bf16",
-         "ready_ptr": "*i32", "begun_ptr": "*i32", "gate_up_desc": describe(256), "hidden_ptr": "*bf16", **TABLE}
-COMBINE = {**DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
+         "ready_ptr": "*i32", "begun_ptr": "*i32", **CLAIMED, "gate_up_desc": describe(256), "hidden_ptr": "*bf16",
+         **TABLE}
+COMBINE = {**CLAIMED, **DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
            "T": "i32", "band_tiles": "i32"}
 CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
 
@@ -377,7 +381,9 @@ def test_machine_code_is_as_planned(code, kernel):
     assert found.count(r"STG") == found.count(r"STG\.E\.128")
     assert found.stack_bytes == 0
     assert found.count(r"LDL|STL") == 0, "no spills"
-    assert found.count(r"REDG?\.|ATOMG?\.") == 0, "no atomics: bitwise repeatable"
+    atomics = found.count(r"REDG?\.|ATOMG?\.")
+    claims = 0 if kernel.startswith("tall") else 4
+    assert atomics == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == claims, "two claims, each with a way for all lanes"
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     stage = (warpgroups * 64 + 256) * 64 * 2
     assert 4 * stage < found.shared_bytes <= min(4 * stage + 1024, 227 * 1024)
@@ -398,8 +404,9 @@ def test_machine_code_with_spare_warps_is_as_planned(name):
     assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == copies, "the spare warps' rows by 16-byte cp.async"
     assert found.count(r"STG") == found.count(r"STG\.E\.128") > 0
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
-    atomics = found.count(r"REDG?\.|ATOMG?\.")
-    assert atomics == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
+    atomics, claims = found.count(r"REDG?\.|ATOMG?\."), found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU")
+    assert claims == 4, "two claims, each with a way for all lanes"
+    assert atomics - claims == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
     assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
     assert found.count(r"MEMBAR\.ALL\.GPU") == 1, "released"
     assert found.count(r"CCTL\.IVALL") == 1, "acquired"
@@ -565,7 +572,10 @@ def check_answers(case: Case) -> None:
     offsets_E1, token_of_row_R, row_of_slot_TK = dispatch(expert_ids_TK, cfg.E)
     R = token_of_row_R.numel()
     gate_up = tiles.interleave_gate_up(weights.gate_up_E2FD)
-    plan = tiles.plan_tiles(offsets_E1, R)
+
+    def plan() -> tiles.TilePlan:
+        return tiles.plan_tiles(offsets_E1, R)
+
     tall_plan = tiles.plan_tiles(offsets_E1, R, tall_gemm.TILE_ROWS, tall_gemm.GROUP)
 
     def with_rows(up, plan, rows_RD, hidden_RF):
@@ -573,12 +583,11 @@ def check_answers(case: Case) -> None:
         up(rows_RD, gate_up, plan, hidden_RF, programs)
 
     ups = {
-        "up_gather": lambda _, h: grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan, h, programs),
-        "up_rows": lambda rows, h: with_rows(grouped_gemm.up_rows, plan, rows, h),
-        "up_ahead": lambda _, h: up_ahead.up_ahead(x_TD, token_of_row_R, gate_up, tiles.plan_tiles(offsets_E1, R), h,
-                                                   programs),
+        "up_gather": lambda _, h: grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan(), h, programs),
+        "up_rows": lambda rows, h: with_rows(grouped_gemm.up_rows, plan(), rows, h),
+        "up_ahead": lambda _, h: up_ahead.up_ahead(x_TD, token_of_row_R, gate_up, plan(), h, programs),
     }
-    downs = {"down": lambda h, y: grouped_gemm.down(h, weights.down_EDF, plan, y, programs)}
+    downs = {"down": lambda h, y: grouped_gemm.down(h, weights.down_EDF, plan(), y, programs)}
     if cfg.D > tall_gemm.PREFETCHED:
         ups["tall_up_rows"] = lambda rows, h: with_rows(tall_gemm.tall_up_rows, tall_plan, rows, h)
     if cfg.F > tall_gemm.PREFETCHED:
@@ -633,10 +642,10 @@ def check_no_rows() -> None:
     buffers = Buffers((128, 256), (128, 256))
     rows, out = buffers.parts
     for module, prefix, tile_rows in ((grouped_gemm, "", 128), (tall_gemm, "tall_", 192)):
-        plan = tiles.plan_tiles(offsets_E1, 128, tile_rows)
         if prefix == "":
-            grouped_gemm.up_gather(rows, token_of_row_R, weights.gate_up_E2FD, plan, out, programs)
-            up_ahead.up_ahead(rows, token_of_row_R, weights.gate_up_E2FD, plan, out, programs)
+            for up in (grouped_gemm.up_gather, up_ahead.up_ahead):
+                up(rows, token_of_row_R, weights.gate_up_E2FD, tiles.plan_tiles(offsets_E1, 128), out, programs)
+        plan = tiles.plan_tiles(offsets_E1, 128, tile_rows)
         getattr(module, f"{prefix}up_rows")(rows, weights.gate_up_E2FD, plan, out, programs)
         getattr(module, f"{prefix}down")(rows, weights.down_EDF, plan, out, programs)
     torch.cuda.synchronize()

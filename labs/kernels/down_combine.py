@@ -10,7 +10,8 @@ How    64 spare threads copy a token's K rows, 512 columns of each, into a ring 
        (cp.async, no registers), and add them up in float32.
 
     producer    1 warp          TMA: rows and weights of a stage, as in grouped_gemm.py
-    consumers   2 warpgroups    multiply a tile, store it; after a program's last tile of a band, arrive stored[band]
+    consumers   2 warpgroups    multiply a tile, store it; at a program's first tile of a later band, arrive
+                                stored[band] for those before
     combiner    2 warps         wait stored[band]; done[band] += 1; wait until all programs have added theirs;
                                 then sum every grid-th token
 
@@ -34,14 +35,15 @@ from labs.kernels.combine import combine
 from labs.kernels.grouped_gemm import (
     LAUNCH,
     down_operands,
-    find_tile,
-    load_tile,
-    multiply,
+    listen,
+    multiply_rows,
     open_barriers,
     open_ring,
+    produce_rows,
     store_y,
+    walk_tiles,
 )
-from labs.kernels.grouped_gemm import _BLOCK_K, _BLOCK_N, _ROWS, _WARPGROUPS
+from labs.kernels.grouped_gemm import _BLOCK_N, _WARPGROUPS
 from labs.kernels.launch import require
 from labs.kernels.tiles import BANDS, TilePlan
 
@@ -58,79 +60,52 @@ COLUMNS = 512  # of a token that the combiner sums at a time: 16 bytes a thread 
 SLOTS = 32  # rows of the combiner's ring, 1 KB each: what the GEMM's ring leaves of shared memory
 MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more would not fit into registers
 
+# Rows, and rows an expert, from which the sum beside the GEMM was faster than one after it (LOG.md). With fewer, the
+# GEMM waits for memory itself, and reading hidden once a band costs more than the sum.
+LEAST_ROWS, LEAST_MEAN_ROWS = 65536, 512
+
 _BANDS = gl.constexpr(BANDS)
 _SLOTS = gl.constexpr(SLOTS)
 _COLUMNS = gl.constexpr(COLUMNS)
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
-# ------------------------------------------------------------------------------------------- which tile is next
-# walk: (row tiles, column tiles, column tiles of a band, K steps)
+# ------------------------------------------------------------------------------------------------------ consumers
 @gluon.jit
-def find_band_tile(tiles_ptr, walk, tile):
-    """find_tile, band by band: (expert, first row, rows in use, column tile, band); no rows, band -1 past the last."""
-    row_tiles, column_tiles, band_tiles, _ = walk
-    total = row_tiles * column_tiles
-    inside = gl.maximum(gl.minimum(tile, total - 1), 0)
-    band = inside // gl.maximum(row_tiles * band_tiles, 1)
-    first_column = band * band_tiles
-    width = gl.minimum(column_tiles - first_column, band_tiles)
-    expert, row, used, column, _ = find_tile(tiles_ptr, inside - first_column * row_tiles, width)
-    past = tile >= total
-    return expert, row, gl.where(past, 0, used), first_column + column, gl.where(past, -1, band)
+def leave_bands(stored, first, end):
+    """This warpgroup has stored its share of the bands from `first` to before `end`, and gets no more of them."""
+    for band in gl.static_range(_BANDS):
+        mbarrier.arrive(stored.index(band), pred=(first <= band) & (band < end))
 
 
-# ---------------------------------------------------------------------------------------- producer and consumers
 @gluon.jit
-def produce(hidden_desc, down_desc, tiles_ptr, walk, D, ring):
-    """grouped_gemm.py's produce_rows, band by band."""
+def consume(y_ptr, D, k_steps, ring, stored, WG: gl.constexpr):
+    """grouped_gemm.py's consume, which says when this program gets no more tiles of a band."""
+    finish: gl.constexpr = store_y
     stage = 0
     phase = 0
-    grid = gl.num_programs(0)
-    row_tiles, column_tiles, _, k_steps = walk
-    expert, row, _, column, _ = find_band_tile(tiles_ptr, walk, gl.program_id(0))
-    for tile in range(gl.program_id(0), row_tiles * column_tiles, grid):
-        after = find_band_tile(tiles_ptr, walk, tile + grid)
-        weight_row = expert * D + column * _BLOCK_N
-        stage, phase = load_tile(hidden_desc, down_desc, row, weight_row, k_steps, stage, phase, ring)
-        expert, row, _, column, _ = after
-
-
-@gluon.jit
-def consume(y_ptr, D, tiles_ptr, walk, ring, stored, WG: gl.constexpr):
-    """grouped_gemm.py's consume, band by band; says when this program's tiles of a band are stored."""
-    stage = 0
-    phase = 0
-    grid = gl.num_programs(0)
-    row_tiles, column_tiles, _, k_steps = walk
-    _, row, used, column, band = find_band_tile(tiles_ptr, walk, gl.program_id(0))
-    for tile in range(gl.program_id(0), row_tiles * column_tiles, grid):
-        after = find_band_tile(tiles_ptr, walk, tile + grid)
-        acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, False)
-        if used > WG * _ROWS:
-            store_y(y_ptr, D, acc, row + WG * _ROWS, column, row + used)
-        mbarrier.arrive(stored.index(band), pred=after[4] != band)
-        _, row, used, column, band = after
+    left = 0
+    row, used, column, band = listen(ring, stage, phase)
+    while used > 0:
+        if band > left:
+            leave_bands(stored, left, band)
+        left = band
+        stage, phase = multiply_rows(y_ptr, D, row, used, column, k_steps, stage, phase, ring, finish, WG, False)
+        row, used, column, band = listen(ring, stage, phase)
+    leave_bands(stored, left, _BANDS)
 
 
 # ------------------------------------------------------------------------------------------------------ combiner
 @gluon.jit
-def wait_for_band(band, walk, stored, done_ptr):
+def wait_for_band(band, stored, done_ptr):
     """Return when all programs have stored their tiles of the band.
 
     This program's tiles are ordered by the barrier, other programs' by the counter, released and acquired at the
-    GPU's scope. A program without a tile in the band adds nothing: of n tiles in turn, min(n, grid) programs have one.
+    GPU's scope.
     """
-    program = gl.program_id(0)
-    grid = gl.num_programs(0)
-    row_tiles, _, band_tiles, _ = walk
-    band_size = row_tiles * band_tiles
-    start = band * band_size
-    own = program + gl.cdiv(gl.maximum(start - program, 0), grid) * grid  # this program's first tile from there on
-    if own < start + band_size:
-        mbarrier.wait(stored.index(band), 0)
-        gl.atomic_add(done_ptr + band, 1, sem="release", scope="gpu")
-    while gl.atomic_add(done_ptr + band, 0, sem="acquire", scope="gpu") < gl.minimum(grid, band_size):
+    mbarrier.wait(stored.index(band), 0)
+    gl.atomic_add(done_ptr + band, 1, sem="release", scope="gpu")
+    while gl.atomic_add(done_ptr + band, 0, sem="acquire", scope="gpu") < gl.num_programs(0):
         pass
 
 
@@ -148,7 +123,7 @@ def next_item(token, block, blocks, grid):
 
 
 @gluon.jit
-def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, walk, stored, slots,
+def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, column_tiles, band_tiles, stored, slots,
                   TOP_K: gl.constexpr):
     """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for every grid-th token and
     all bands but the last.
@@ -158,7 +133,6 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, w
     STAGES: gl.constexpr = slots.shape[0]
     CHOICES: gl.constexpr = slots.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([CHOICES, 8], [1, 32], [1, 2], [1, 0])
-    _, column_tiles, band_tiles, _ = walk
     k = gl.arange(0, CHOICES, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, layout))
     program = gl.program_id(0)
@@ -166,7 +140,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, w
     blocks = gl.cdiv(band_tiles * _BLOCK_N, _COLUMNS)
     items = gl.cdiv(gl.maximum(T - program, 0), grid) * blocks
     for band in range(0, gl.cdiv(column_tiles, band_tiles) - 1):
-        wait_for_band(band, walk, stored, done_ptr)
+        wait_for_band(band, stored, done_ptr)
         left = band * band_tiles * _BLOCK_N
         right = left + band_tiles * _BLOCK_N
         copied = program
@@ -208,6 +182,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, w
 # -------------------------------------------------------------------------------------------------------- kernel
 @gluon.jit(do_not_specialize=["T", "D8", "F8", "band_tiles"])
 def down_combine_kernel(
+    claimed_ptr,  # (1,) int32, zero
     hidden_desc,  # (R, F) bf16
     down_desc,  # (E * D, F) bf16
     y_ptr,  # (R, D) bf16
@@ -227,22 +202,29 @@ def down_combine_kernel(
     """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8, band_tiles the
     column tiles of a band, CHOICES the power of 2 from TOP_K on.
 
-    Grid (SMs,), all at once: a program owns every grid-th tile of 128 rows by 256 columns, and every grid-th token.
+    Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 256 columns, and every grid-th
+    token.
     """
     ring = open_ring(1)
     stored = open_barriers(_BANDS, _WARPGROUPS)
     slots = gl.allocate_shared_memory(gl.bfloat16, [_SLOTS // CHOICES, CHOICES, _COLUMNS], _FLAT)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
-    walk = gl.load(tile_count_ptr), gl.cdiv(D, _BLOCK_N), band_tiles, gl.cdiv(F8 * 8, _BLOCK_K)
+    walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
     gl.warp_specialize([
-        (consume, (y_ptr, D, tiles_ptr, walk, ring, stored, 0)),
-        (consume, (y_ptr, D, tiles_ptr, walk, ring, stored, 1)),
-        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, walk, stored, slots, TOP_K)),
-        (produce, (hidden_desc, down_desc, tiles_ptr, walk, D, ring)),
+        (consume, (y_ptr, D, walk[3], ring, stored, 0)),
+        (consume, (y_ptr, D, walk[3], ring, stored, 1)),
+        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, walk[2], band_tiles, stored,
+                         slots, TOP_K)),
+        (produce_rows, (hidden_desc, down_desc, walk, band_tiles, claimed_ptr, D, ring)),
     ], [4, 2, 1], [208, 88, 88])
 
 
 # ------------------------------------------------------------------------------------------------------ launcher
+def pays(R: int, E: int, K: int) -> bool:
+    """Whether R rows of E experts are better summed beside the GEMM than after it. Measured on an H200 (LOG.md)."""
+    return K <= MOST_CHOICES and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
+
+
 def band_tiles_for(D: int) -> int:
     """Column tiles of a band: an even number, so that the combiner's blocks fill a band, and at most BANDS bands."""
     tiles = triton.cdiv(D, 256)
@@ -269,10 +251,10 @@ def down_combine(
     if T == 0:
         return out_TD
     operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
-    plan.count_once("down_combine")
+    plan.count_once("down")
     band_tiles = band_tiles_for(D)
     down_combine_kernel[(programs,)](
-        *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, band_tiles, TOP_K=K,
+        plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, band_tiles, TOP_K=K,
         CHOICES=triton.next_power_of_2(K), launch_cooperative_grid=True, **LAUNCH)
     last_band = (triton.cdiv(D, band_tiles * 256) - 1) * band_tiles * 256
     return combine(y_RD, row_of_slot_TK, scores_TK, out_TD, last_band)

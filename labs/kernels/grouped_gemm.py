@@ -5,17 +5,20 @@
 The R = T*K routed rows lie sorted by expert, without padding: a tile that reaches past its expert's end multiplies
 zeros there (gathered rows) or the next expert's rows (rows by TMA), and stores neither.
 
-One program an SM; it walks through the output tiles with its number, its number + grid, ... Three parties share
-a ring of 4 stages, each 128 rows and 256 weight rows by 64 of the inner dimension, 48 KB:
+One program an SM. Three parties share a ring of 4 stages, each 128 rows and 256 weight rows by 64 of the inner
+dimension, 48 KB:
 
     producer                                      consumers: warpgroups 0 and 1, 64 rows each
+    claim a tile, look it up, tell in stage s     wait full[s], read what tile it is
     gather: 4 warps, cp.async the rows, TMA the   wait full[s]
             weights; 128 + 1 arrivals on full[s]  wgmma 64x256x64 from stage s, one left in flight
     rows:   1 warp, TMA both; 1 arrival           arrive empty[s - 1]: 2 arrivals
     wait empty[s] before either                   after the last step: SwiGLU, 16-byte stores from registers
 
-Every tile costs the same: a warpgroup whose 64 rows lie past the expert's end multiplies all the same and only
-does not store. So programs stay in step, and the row tiles of a group meet in L2 over the weights they share.
+A program claims its next output tile from a counter that all share, so tiles start in their order whatever each costs,
+the row tiles of a group meet in L2 over the weights they share, and no program is done long before the others. So an
+expert's last tile may cost what it holds: of 64 rows or fewer only one warpgroup multiplies, which one the column says,
+and the other passes the stages on.
 
     index array     shape     from -> to
     token_of_row_R  (R,)    row -> token
@@ -59,11 +62,14 @@ _BLOCK_K = gl.constexpr(BLOCK_K)
 _FIELDS = gl.constexpr(FIELDS)
 _STAGES = gl.constexpr(4)
 _WARPGROUPS = gl.constexpr(2)
+_TILE_ROWS = gl.constexpr(2 * ROWS)
+_LEAD = gl.constexpr(8)  # K steps before a tile's end at which the next one is claimed: its look-up takes some of them
 _ROW_BYTES = gl.constexpr(ROWS * BLOCK_K * 2)
 _WEIGHT_BYTES = gl.constexpr(BLOCK_N * BLOCK_K * 2)
 _SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
 _ACC_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16]))
+_FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 8 threads a row
 
 
@@ -116,6 +122,32 @@ def walk_tiles(tiles_ptr, tile_count_ptr, N, K):
 
 
 @gluon.jit
+def find_band_tile(walk, band_tiles, tile):
+    """find_tile_ahead through bands of band_tiles column tiles, one after the other; also returns the band."""
+    tiles_ptr, total, column_tiles, _ = walk
+    band_size = gl.maximum(total // column_tiles * band_tiles, 1)
+    inside = gl.maximum(gl.minimum(tile, total - 1), 0)
+    band = inside // band_size
+    first_column = band * band_tiles
+    width = gl.minimum(column_tiles - first_column, band_tiles)
+    expert, row, used, column, _ = find_tile(tiles_ptr, inside - band * band_size, width)
+    return expert, row, gl.where(tile < total, used, 0), first_column + column, band
+
+
+@gluon.jit
+def claim(claimed_ptr, WARPS: gl.constexpr):
+    """The number of the next output tile that no program has; for all threads of a role of WARPS warps.
+
+    One thread counts, a reduction tells the others: the counter as a scalar would go through shared memory.
+    """
+    thread = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    first = thread == 0
+    counted = gl.atomic_add(claimed_ptr + gl.zeros_like(thread), first.to(gl.int32), mask=first, sem="relaxed",
+                            scope="gpu")
+    return gl.sum(gl.where(first, counted, 0), axis=0)
+
+
+@gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
     """The ring's next stage; the phase turns over with each round."""
     last = stage == STAGES - 1
@@ -142,86 +174,139 @@ def open_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def open_ring(FULL_ARRIVALS: gl.constexpr):
-    """Buffers and barriers of the ring that producer and consumers share."""
+    """Buffers and barriers of the ring that producer and consumers share, and what tile a stage is the first of."""
     rows, weights = open_stages(_STAGES, _WARPGROUPS)
+    told = gl.allocate_shared_memory(gl.int32, [_STAGES, 4], _FLAT)
     full = open_barriers(_STAGES, FULL_ARRIVALS)
     empty = open_barriers(_STAGES, _WARPGROUPS)
     fence_async_shared()  # TMA, another proxy than the one that wrote them, is to see the barriers set up
-    return rows, weights, full, empty
+    return rows, weights, told, full, empty
+
+
+@gluon.jit
+def tell(ring, stage, phase, row, used, column, band, WARPS: gl.constexpr):
+    """Wait until the stage is free, then say what tile starts there: first row, rows in use, column tile, band."""
+    _rows, _weights, told, _full, empty = ring
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    i = gl.arange(0, 4, layout=gl.BlockedLayout([4], [32], [WARPS], [0]))
+    fields = gl.where(i == 0, row, gl.where(i == 1, used, gl.where(i == 2, column, band)))
+    told.index(stage).store(fields)
+
+
+@gluon.jit
+def listen(ring, stage, phase):
+    """Wait for the stage and return what `tell` said, to all threads of a warpgroup."""
+    _rows, _weights, told, full, _empty = ring
+    mbarrier.wait(full.index(stage), phase)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    i = gl.arange(0, 4, layout=layout)
+    fields = told.index(stage).load(layout)
+    return (gl.sum(gl.where(i == 0, fields, 0), axis=0), gl.sum(gl.where(i == 1, fields, 0), axis=0),
+            gl.sum(gl.where(i == 2, fields, 0), axis=0), gl.sum(gl.where(i == 3, fields, 0), axis=0))
 
 
 # ----------------------------------------------------------------------------------------------------- producers
 @gluon.jit
-def load_tile(rows_desc, weights_desc, row, weight_row, k_steps, stage, phase, ring):
-    """All K steps of an output tile by TMA: 128 contiguous rows and 256 weight rows a stage."""
-    rows, weights, full, empty = ring
-    for k in range(k_steps):
+def load_steps(rows_desc, weights_desc, row, used, column, weight_row, first_k, end_k, stage, phase, ring):
+    """K steps of an output tile by TMA: 256 weight rows a stage, and 64 contiguous rows a warpgroup that works."""
+    rows, weights, _told, full, empty = ring
+    whole = used > _ROWS
+    first = gl.where(whole, 0, column % 2)  # the warpgroup that multiplies the first 64 rows
+    for k in range(first_k, end_k):
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), phase ^ 1)
-        mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES)
+        mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES, pred=whole)
+        mbarrier.expect(bar, _WEIGHT_BYTES + _ROW_BYTES, pred=used <= _ROWS)
         tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
-        for wg in gl.static_range(_WARPGROUPS):
-            tma.async_copy_global_to_shared(rows_desc, [row + wg * _ROWS, k * _BLOCK_K], bar,
-                                            rows.index(stage * _WARPGROUPS + wg))
+        tma.async_copy_global_to_shared(rows_desc, [row, k * _BLOCK_K], bar, rows.index(stage * _WARPGROUPS + first))
+        tma.async_copy_global_to_shared(rows_desc, [row + _ROWS, k * _BLOCK_K], bar,
+                                        rows.index(stage * _WARPGROUPS + 1), pred=whole)
         stage, phase = next_stage(stage, phase, _STAGES)
     return stage, phase
 
 
 @gluon.jit
-def produce_rows(rows_desc, weights_desc, walk, weight_rows, ring):
-    """One warp fills the ring by TMA."""
-    tiles_ptr, total, column_tiles, k_steps = walk
-    stage = 0
-    phase = 0
-    grid = gl.num_programs(0)
-    expert, row, _, column, _ = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
-    for tile in range(gl.program_id(0), total, grid):
-        after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
-        weight_row = expert * weight_rows + column * _BLOCK_N
-        stage, phase = load_tile(rows_desc, weights_desc, row, weight_row, k_steps, stage, phase, ring)
-        expert, row, _, column, _ = after
+def tell_end(ring, stage, phase):
+    """No more tiles, from a role of one warp."""
+    _rows, _weights, _told, full, _empty = ring
+    tell(ring, stage, phase, 0, 0, 0, 0, 1)
+    mbarrier.arrive(full.index(stage))
 
 
 @gluon.jit
-def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, weight_rows, ring):
-    """Four warps fill the ring: 128 rows of x by cp.async through token_of_row, zeros past the expert's end, and
-    weights by TMA."""
+def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_rows, ring):
+    """One warp fills the ring by TMA, band by band."""
+    k_steps = walk[3]
+    early = gl.maximum(k_steps - _LEAD, 0)
+    stage = 0
+    phase = 0
+    expert, row, used, column, band = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
+    while used > 0:
+        tell(ring, stage, phase, row, used, column, band, 1)
+        weight_row = expert * weight_rows + column * _BLOCK_N
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, column, weight_row, 0, early, stage, phase, ring)
+        after = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, column, weight_row, early, k_steps, stage, phase,
+                                  ring)
+        expert, row, used, column, band = after
+    tell_end(ring, stage, phase)
+
+
+@gluon.jit
+def gather_steps(source, inside, D, weights_desc, weight_row, first_k, end_k, stage, phase, ring):
+    """K steps of an output tile: weights by TMA, and each thread's 16 bytes of rows of x by cp.async, zeros where not
+    `inside`. Returns the sources of the next step too."""
+    rows, weights, _told, full, empty = ring
+    rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
+    c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _GATHER))
+    for k in range(first_k, end_k):
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(bar, _WEIGHT_BYTES)
+        tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
+        async_copy.async_copy_global_to_shared(rows.index(stage), source,
+                                               inside[:, None] & (k * _BLOCK_K + c < D)[None, :])
+        async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
+        source += _BLOCK_K
+        stage, phase = next_stage(stage, phase, _STAGES)
+    return source, stage, phase
+
+
+@gluon.jit
+def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring):
+    """Four warps fill the ring: rows of x by cp.async through token_of_row, zeros past the expert's end, and weights by
+    TMA."""
     tiles_ptr, total, column_tiles, k_steps = walk
-    rows, weights, full, empty = ring
+    _rows, _weights, _told, full, _empty = ring
+    early = gl.maximum(k_steps - _LEAD, 0)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
-    r = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _GATHER))
+    r = gl.arange(0, _TILE_ROWS, layout=gl.SliceLayout(1, _GATHER))
     c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _GATHER))
     stage = 0
     phase = 0
-    grid = gl.num_programs(0)
-    expert, row, used, column, _ = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
-    for tile in range(gl.program_id(0), total, grid):
-        after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
+    expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
+    while used > 0:
+        tell(ring, stage, phase, row, used, column, 0, 4)
         weight_row = expert * weight_rows + column * _BLOCK_N
-        token0 = gl.load(token_of_row_ptr + row + r, mask=r < used, other=-1)
-        token1 = gl.load(token_of_row_ptr + row + _ROWS + r, mask=r + _ROWS < used, other=-1)
-        rows0 = x_ptr + (token0.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
-        rows1 = x_ptr + (token1.to(gl.int64) * D)[:, None] + c[None, :]
-        for k in range(k_steps):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, _WEIGHT_BYTES)
-            tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
-            inside = (k * _BLOCK_K + c < D)[None, :]
-            async_copy.async_copy_global_to_shared(rows.index(stage * 2), rows0, (token0 >= 0)[:, None] & inside)
-            async_copy.async_copy_global_to_shared(rows.index(stage * 2 + 1), rows1, (token1 >= 0)[:, None] & inside)
-            async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
-            rows0 += _BLOCK_K
-            rows1 += _BLOCK_K
-            stage, phase = next_stage(stage, phase, _STAGES)
+        place = r - gl.where(used > _ROWS, 0, column % 2 * _ROWS)  # a half tile lies with the warpgroup that works
+        inside = (place >= 0) & (place < used)
+        token = gl.load(token_of_row_ptr + row + place, mask=inside, other=0)
+        source = x_ptr + (token.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
+        source, stage, phase = gather_steps(source, inside, D, weights_desc, weight_row, 0, early, stage, phase, ring)
+        after = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
+        source, stage, phase = gather_steps(source, inside, D, weights_desc, weight_row, early, k_steps, stage, phase,
+                                            ring)
         expert, row, used, column, _ = after
+    tell(ring, stage, phase, 0, 0, 0, 0, 4)
+    mbarrier.arrive(full.index(stage))
+    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
 # ----------------------------------------------------------------------------------------------------- consumers
 @gluon.jit
 def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constexpr):
     """Warpgroup WG's 64x256 float32 accumulator over all K steps, with one wgmma left in flight between steps."""
-    rows, weights, full, empty = ring
+    rows, weights, _told, full, empty = ring
     acc = gl.zeros([_ROWS, _BLOCK_N], gl.float32, _ACC)
     previous = 0  # not `= stage`: Triton drops a loop-carried name that starts as another's alias
     mbarrier.wait(full.index(stage), phase)
@@ -248,19 +333,39 @@ def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constex
 
 
 @gluon.jit
-def consume(out_ptr, width8, walk, ring, finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr):
-    """Warpgroup WG of every tile of this program: multiply, then `finish` where its 64 rows are in use."""
-    tiles_ptr, total, column_tiles, k_steps = walk
+def pass_on(ring, stage, phase, k_steps):
+    """All K steps of a tile that is the other warpgroup's alone: take each stage for read as soon as it is full."""
+    _rows, _weights, _told, full, empty = ring
+    for _ in range(k_steps):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = next_stage(stage, phase, _STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def multiply_rows(out_ptr, width, row, used, column, k_steps, stage, phase, ring, finish: gl.constexpr,
+                  WG: gl.constexpr, GATHERED: gl.constexpr):
+    """Warpgroup WG's 64 rows of an output tile, multiplied and finished; of a tile of no more, all or nothing."""
+    whole = used > _ROWS
+    if whole | (column % 2 == WG):
+        acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED)
+        finish(out_ptr, width, acc, row + gl.where(whole, WG * _ROWS, 0), column, row + used)
+    else:
+        stage, phase = pass_on(ring, stage, phase, k_steps)
+    return stage, phase
+
+
+@gluon.jit
+def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr):
+    """Warpgroup WG's share of every tile of this program."""
     stage = 0
     phase = 0
-    grid = gl.num_programs(0)
-    _, row, used, column, _ = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
-    for tile in range(gl.program_id(0), total, grid):
-        after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
-        acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED)
-        if used > WG * _ROWS:
-            finish(out_ptr, width8 * 8, acc, row + WG * _ROWS, column, row + used)
-        _, row, used, column, _ = after
+    row, used, column, _ = listen(ring, stage, phase)
+    while used > 0:
+        stage, phase = multiply_rows(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
+                                     GATHERED)
+        row, used, column, _ = listen(ring, stage, phase)
 
 
 # silu(gate) * up of two elements in float32. One reciprocal serves both: the special functions bound the epilogue.
@@ -321,6 +426,7 @@ def store_y(y_ptr, D, acc, row, column_tile, end):
 def up_gather_kernel(
     x_ptr,  # (T, D) bf16
     token_of_row_ptr,  # (R,) int32
+    claimed_ptr,  # (1,) int32, zero
     gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
     hidden_ptr,  # (R, F) bf16
     tiles_ptr,  # (X, 5) int32
@@ -330,21 +436,22 @@ def up_gather_kernel(
 ):
     """hidden = silu(x[token] @ gate.T) * (x[token] @ up.T), gather and SwiGLU fused. D8 and F8 are D / 8 and F / 8.
 
-    Grid (SMs,): a program owns every grid-th tile of 128 rows by 128 hidden columns. Float32 accumulators.
+    Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """
     finish: gl.constexpr = store_hidden
     ring = open_ring(128 + 1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     gl.warp_specialize([
-        (consume, (hidden_ptr, F8, walk, ring, finish, 0, True)),
-        (consume, (hidden_ptr, F8, walk, ring, finish, 1, True)),
-        (produce_gathered, (x_ptr, token_of_row_ptr, D8, gate_up_desc, walk, F8 * 16, ring)),
-    ], [4, 4], [224, 56])
+        (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, True)),
+        (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, True)),
+        (produce_gathered, (x_ptr, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, ring)),
+    ], [4, 4], [216, 72])
 
 
 @gluon.jit(do_not_specialize=["D8", "F8"])
 def up_rows_kernel(
     rows_desc,  # (R, D) bf16
+    claimed_ptr,  # (1,) int32, zero
     gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
     hidden_ptr,  # (R, F) bf16
     tiles_ptr,  # (X, 5) int32
@@ -354,20 +461,21 @@ def up_rows_kernel(
 ):
     """hidden = silu(rows @ gate.T) * (rows @ up.T), rows gathered before. D8 and F8 are D / 8 and F / 8.
 
-    Grid (SMs,): a program owns every grid-th tile of 128 rows by 128 hidden columns. Float32 accumulators.
+    Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """
     finish: gl.constexpr = store_hidden
     ring = open_ring(1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     gl.warp_specialize([
-        (consume, (hidden_ptr, F8, walk, ring, finish, 0, False)),
-        (consume, (hidden_ptr, F8, walk, ring, finish, 1, False)),
-        (produce_rows, (rows_desc, gate_up_desc, walk, F8 * 16, ring)),
+        (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, False)),
+        (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, False)),
+        (produce_rows, (rows_desc, gate_up_desc, walk, walk[2], claimed_ptr, F8 * 16, ring)),
     ], [4, 1], [240, 24])
 
 
 @gluon.jit(do_not_specialize=["D8", "F8"])
 def down_kernel(
+    claimed_ptr,  # (1,) int32, zero
     hidden_desc,  # (R, F) bf16
     down_desc,  # (E * D, F) bf16
     y_ptr,  # (R, D) bf16
@@ -378,15 +486,15 @@ def down_kernel(
 ):
     """y = hidden @ down.T. D8 and F8 are D / 8 and F / 8.
 
-    Grid (SMs,): a program owns every grid-th tile of 128 rows by 256 columns. Float32 accumulators.
+    Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns. Float32 accumulators.
     """
     finish: gl.constexpr = store_y
     ring = open_ring(1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D8 * 8, F8 * 8)
     gl.warp_specialize([
-        (consume, (y_ptr, D8, walk, ring, finish, 0, False)),
-        (consume, (y_ptr, D8, walk, ring, finish, 1, False)),
-        (produce_rows, (hidden_desc, down_desc, walk, D8 * 8, ring)),
+        (consume, (y_ptr, D8, walk[3], ring, finish, 0, False)),
+        (consume, (y_ptr, D8, walk[3], ring, finish, 1, False)),
+        (produce_rows, (hidden_desc, down_desc, walk, walk[2], claimed_ptr, D8 * 8, ring)),
     ], [4, 1], [240, 24])
 
 
@@ -435,14 +543,16 @@ def up_gather(
 ) -> None:
     """hidden_RF = SwiGLU of the rows' tokens through their experts' interleaved gate_up_E2FD.
 
-    All bf16 and contiguous but token_of_row_R (R,) int32; plan in tiles of 128 rows; programs: the GPU's SMs.
+    All bf16 and contiguous but token_of_row_R (R,) int32; a plan in tiles of 128 rows that no other up projection has
+    used; programs: the GPU's SMs.
     Raises ValueError for other shapes, dtypes or plans, and unless D and F are multiples of 8.
     """
     R = token_of_row_R.numel()
     check("token_of_row_R", token_of_row_R, (R,), torch.int32)
     operands = up_operands(x_TD, R, gate_up_E2FD, plan, hidden_RF, 128)
     if R > 0:
-        up_gather_kernel[(programs,)](x_TD, token_of_row_R, *operands, **LAUNCH)
+        plan.count_once("up")
+        up_gather_kernel[(programs,)](x_TD, token_of_row_R, plan.claimed_up, *operands, **LAUNCH)
 
 
 def up_rows(
@@ -450,13 +560,14 @@ def up_rows(
 ) -> None:
     """hidden_RF = SwiGLU of rows_RD, gathered before, through their experts' interleaved gate_up_E2FD.
 
-    All bf16 and contiguous; plan in tiles of 128 rows; programs: the GPU's SMs.
+    All bf16 and contiguous; a plan in tiles of 128 rows that no other up projection has used; programs: the GPU's SMs.
     Raises ValueError for other shapes, dtypes or plans, and unless D and F are multiples of 8.
     """
     R = rows_RD.shape[0]
     operands = up_operands(rows_RD, R, gate_up_E2FD, plan, hidden_RF, 128)
     if R > 0:
-        up_rows_kernel[(programs,)](describe(rows_RD, ROWS), *operands, **LAUNCH)
+        plan.count_once("up")
+        up_rows_kernel[(programs,)](describe(rows_RD, ROWS), plan.claimed_up, *operands, **LAUNCH)
 
 
 def down(
@@ -464,8 +575,10 @@ def down(
 ) -> None:
     """y_RD = hidden_RF through their experts' down_EDF.
 
-    All bf16 and contiguous; plan in tiles of 128 rows; programs: the GPU's SMs.
-    Raises ValueError for other shapes, dtypes or plans, and unless D and F are multiples of 8.
+    All bf16 and contiguous; a plan in tiles of 128 rows that no other down projection has used; programs: the GPU's
+    SMs. Raises ValueError for other shapes, dtypes or plans, and unless D and F are multiples of 8.
     """
+    operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
     if hidden_RF.shape[0] > 0:
-        down_kernel[(programs,)](*down_operands(hidden_RF, down_EDF, plan, y_RD, 128), **LAUNCH)
+        plan.count_once("down")
+        down_kernel[(programs,)](plan.claimed_down, *operands, **LAUNCH)

@@ -4,6 +4,8 @@
     offsets_E1      (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
     row_of_slot_TK  (T, K)    token, slot -> row
     tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group
+    claimed_up      (1,)      output tiles of the up projection that programs have taken; zero
+    claimed_down    (1,)      the same of the down projection; zero
     ready_X         (X,)      row tile -> its units that up_ahead.py has gathered; zeros up to the count
     begun           (1,)      output tiles that up_ahead.py has begun; zero
     done_B          (4,)      band of columns -> programs that are through with it; zeros, for down_combine.py to count
@@ -36,6 +38,8 @@ def plan_tiles_kernel(
     offsets_ptr,  # (E + 1,) int32
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
+    claimed_up_ptr,  # (1,) int32
+    claimed_down_ptr,  # (1,) int32
     ready_ptr,  # (X,) int32
     begun_ptr,  # (1,) int32
     done_ptr,  # (BANDS,) int32
@@ -45,7 +49,7 @@ def plan_tiles_kernel(
     BANDS: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
-    """Write the table of row tiles, BLOCKS * 64 rows each, how many there are, and zeros to ready, begun and done.
+    """Write the table of row tiles, BLOCKS * 64 rows each, how many there are, and zeros to all counters.
 
     Grid (E,): program e owns the entries of expert e. A group is as many of an expert's row tiles as share weights
     in L2: its tiles in equal parts of at most GROUP.
@@ -59,6 +63,8 @@ def plan_tiles_kernel(
     count = tl.sum(tl.where(e == expert, tiles, 0))
     if expert == E - 1:
         tl.store(tile_count_ptr, first + count)
+        tl.store(claimed_up_ptr, 0)
+        tl.store(claimed_down_ptr, 0)
         tl.store(begun_ptr, 0)
         tl.store(done_ptr + tl.arange(0, BANDS), tl.zeros([BANDS], tl.int32))
         if first + count == 0:  # the GEMMs look at the first entry even when there is nothing to do
@@ -106,21 +112,23 @@ def spread_rows_kernel(
 
 class TilePlan(NamedTuple):
     """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), the rows of a tile, and counters, int32, for
-    one call of up_ahead.py and one of down_combine.py; `counted` names those that have been."""
+    one call of an up kernel in tiles of 128 rows and one of a down kernel; `counted` names those that have been."""
 
     tiles_X5: torch.Tensor
     tile_count: torch.Tensor
     tile_rows: int
+    claimed_up: torch.Tensor
+    claimed_down: torch.Tensor
     ready_X: torch.Tensor
     begun: torch.Tensor
     done_B: torch.Tensor
     counted: list[str]
 
-    def count_once(self, kernel: str) -> None:
-        """Raise ValueError at a kernel's second call: its counters are full, and it would wait for nothing."""
-        if kernel in self.counted:
-            raise ValueError(f"the plan's counters served a call of {kernel} already: make a plan for each call")
-        self.counted.append(kernel)
+    def count_once(self, projection: str) -> None:
+        """Raise ValueError at a projection's second call: its counters are full, and it would find nothing to do."""
+        if projection in self.counted:
+            raise ValueError(f"the plan served one {projection} projection already: make a plan for each call")
+        self.counted.append(projection)
 
 
 def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -160,7 +168,7 @@ def plan_tiles(offsets_E1: torch.Tensor, R: int, tile_rows: int = 128, group: in
     if tile_rows < ROWS or tile_rows % ROWS or group < 1:
         raise ValueError(f"tile_rows={tile_rows} group={group}: need a positive multiple of {ROWS}, and at least 1")
     tiles_X5 = offsets_E1.new_empty(triton.cdiv(R, tile_rows) + E, FIELDS)
-    tile_count, *counters = (offsets_E1.new_empty(n) for n in (1, tiles_X5.shape[0], 1, BANDS))
+    tile_count, *counters = (offsets_E1.new_empty(n) for n in (1, 1, 1, tiles_X5.shape[0], 1, BANDS))
     plan_tiles_kernel[(E,)](
         offsets_E1, tiles_X5, tile_count, *counters, E,
         BLOCKS=tile_rows // ROWS, GROUP=group, BANDS=BANDS, E_POW2=triton.next_power_of_2(E), num_warps=4,

@@ -32,17 +32,20 @@ import torch
 from labs.kernels.grouped_gemm import (
     LAUNCH,
     ROWS,
+    claim,
     consume,
     describe,
     find_tile_ahead,
-    load_tile,
+    load_steps,
     open_ring,
     store_hidden,
     sync_threads,
+    tell,
+    tell_end,
     up_operands,
     walk_tiles,
 )
-from labs.kernels.grouped_gemm import _BLOCK_N, _FIELDS
+from labs.kernels.grouped_gemm import _BLOCK_N, _FIELDS, _LEAD
 from labs.kernels.tiles import TilePlan, check
 
 from triton.experimental import gluon  # after common.level, which the above import
@@ -127,22 +130,26 @@ def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, cop
 
 
 @gluon.jit
-def produce(rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, weight_rows, ring):
+def produce(rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, claimed_ptr, weight_rows, ring):
     """grouped_gemm.py's produce_rows, which waits for a tile's rows first."""
     tiles_ptr, total, column_tiles, k_steps = walk
+    early = gl.maximum(k_steps - _LEAD, 0)
     stage = 0
     phase = 0
-    grid = gl.num_programs(0)
-    expert, row, used, column, row_tile = find_tile_ahead(tiles_ptr, gl.program_id(0), total, column_tiles)
-    for tile in range(gl.program_id(0), total, grid):
-        after = find_tile_ahead(tiles_ptr, tile + grid, total, column_tiles)
-        weight_row = expert * weight_rows + column * _BLOCK_N
+    expert, row, used, column, row_tile = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 1), total, column_tiles)
+    while used > 0:
         while gl.atomic_add(ready_ptr + row_tile, 0, sem="acquire", scope="gpu") < gl.cdiv(used, _UNIT):
             pass
         fence_async_global(1)
         gl.atomic_add(begun_ptr, 1, sem="relaxed", scope="gpu")
-        stage, phase = load_tile(rows_desc, gate_up_desc, row, weight_row, k_steps, stage, phase, ring)
+        tell(ring, stage, phase, row, used, column, 0, 1)
+        weight_row = expert * weight_rows + column * _BLOCK_N
+        stage, phase = load_steps(rows_desc, gate_up_desc, row, used, column, weight_row, 0, early, stage, phase, ring)
+        after = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 1), total, column_tiles)
+        stage, phase = load_steps(rows_desc, gate_up_desc, row, used, column, weight_row, early, k_steps, stage, phase,
+                                  ring)
         expert, row, used, column, row_tile = after
+    tell_end(ring, stage, phase)
 
 
 @gluon.jit(do_not_specialize=["D8", "F8"])
@@ -153,6 +160,7 @@ def up_ahead_kernel(
     rows_ptr,  # (R, D) bf16
     ready_ptr,  # (X,) int32, zeros
     begun_ptr,  # (1,) int32, zero
+    claimed_ptr,  # (1,) int32, zero
     gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
     hidden_ptr,  # (R, F) bf16
     tiles_ptr,  # (X, 5) int32
@@ -162,8 +170,8 @@ def up_ahead_kernel(
 ):
     """rows = x[token], hidden = silu(rows @ gate.T) * (rows @ up.T). D8 and F8 are D / 8 and F / 8.
 
-    Grid (SMs,), all at once: a program owns every grid-th tile of 128 rows by 128 hidden columns, and every grid-th
-    unit of rows.
+    Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 128 hidden columns, and every
+    grid-th unit of rows.
     """
     finish: gl.constexpr = store_hidden
     ring = open_ring(1)
@@ -171,10 +179,10 @@ def up_ahead_kernel(
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D)
     gl.warp_specialize([
-        (consume, (hidden_ptr, F8, walk, ring, finish, 0, False)),
-        (consume, (hidden_ptr, F8, walk, ring, finish, 1, False)),
+        (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, False)),
+        (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, False)),
         (gather, (x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies)),
-        (produce, (rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, F8 * 16, ring)),
+        (produce, (rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, claimed_ptr, F8 * 16, ring)),
     ], [4, 2, 1], [224, 56, 56])
 
 
@@ -192,7 +200,7 @@ def up_ahead(
     check("token_of_row_R", token_of_row_R, (R,), torch.int32)
     operands = up_operands(x_TD, R, gate_up_E2FD, plan, hidden_RF, 128)
     if R > 0:
-        plan.count_once("up_ahead")
+        plan.count_once("up")
         rows_RD = x_TD.new_empty(R, x_TD.shape[1])
         up_ahead_kernel[(programs,)](x_TD, token_of_row_R, describe(rows_RD, ROWS), rows_RD, plan.ready_X, plan.begun,
-                                     *operands, launch_cooperative_grid=True, **LAUNCH)
+                                     plan.claimed_up, *operands, launch_cooperative_grid=True, **LAUNCH)

@@ -36,13 +36,18 @@ from common.show import number, percent
 from labs.kernels.grouped_gemm import (
     BLOCK_N,
     ROWS,
+    claim,
     consume,
     describe,
     find_tile_ahead,
+    listen,
     next_stage,
     open_ring,
+    pass_on,
     produce_rows,
     store_y,
+    tell,
+    tell_end,
     walk_tiles,
 )
 from labs.kernels.routing import sm_count
@@ -146,35 +151,38 @@ def cycles():
 
 
 @gluon.jit
-def announce(walk, ring):
+def announce(walk, claimed_ptr, ring):
     """A producer that loads nothing: it says of every free stage that it is full."""
-    _, total, _, k_steps = walk
-    _, _, full, empty = ring
+    _tiles_ptr, total, column_tiles, k_steps = walk
+    _rows, _weights, _told, full, empty = ring
     stage = 0
     phase = 0
-    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
+    _expert, row, used, column, _ = find_tile_ahead(walk[0], claim(claimed_ptr, 1), total, column_tiles)
+    while used > 0:
+        after = find_tile_ahead(walk[0], claim(claimed_ptr, 1), total, column_tiles)
+        tell(ring, stage, phase, row, used, column, 0, 1)
         for _ in range(k_steps):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.arrive(full.index(stage))
             stage, phase = next_stage(stage, phase, _STAGES)
+        _expert, row, used, column, _ = after
+    tell_end(ring, stage, phase)
 
 
 @gluon.jit
-def drain(walk, ring):
+def drain(k_steps, ring):
     """A consumer that multiplies nothing: it frees every stage that is full."""
-    _, total, _, k_steps = walk
-    _, _, full, empty = ring
     stage = 0
     phase = 0
-    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
-        for _ in range(k_steps):
-            mbarrier.wait(full.index(stage), phase)
-            mbarrier.arrive(empty.index(stage))
-            stage, phase = next_stage(stage, phase, _STAGES)
+    _row, used, _column, _ = listen(ring, stage, phase)
+    while used > 0:
+        stage, phase = pass_on(ring, stage, phase, k_steps)
+        _row, used, _column, _ = listen(ring, stage, phase)
 
 
 @gluon.jit
 def roles_kernel(
+    claimed_ptr,  # (1,) int32, zero
     rows_desc,  # (R, K) bf16
     weights_desc,  # (E * N, K) bf16
     out_ptr,  # (R, N) bf16
@@ -183,27 +191,27 @@ def roles_kernel(
     N8, K8,  # N / 8 and K / 8
     PART: gl.constexpr,  # 0 whole, 1 loads only, 2 multiply only
 ):
-    """Level 8's down projection, or a part of it. Grid (SMs,): a program owns every grid-th tile of 128 x 256."""
+    """Level 8's down projection, or a part of it. Grid (SMs,): a program owns the 128 x 256 tiles that it claims."""
     finish: gl.constexpr = store_y
     ring = open_ring(1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, N8 * 8, K8 * 8)
     if PART == 0:
         gl.warp_specialize([
-            (consume, (out_ptr, N8, walk, ring, finish, 0, False)),
-            (consume, (out_ptr, N8, walk, ring, finish, 1, False)),
-            (produce_rows, (rows_desc, weights_desc, walk, N8 * 8, ring)),
+            (consume, (out_ptr, N8, walk[3], ring, finish, 0, False)),
+            (consume, (out_ptr, N8, walk[3], ring, finish, 1, False)),
+            (produce_rows, (rows_desc, weights_desc, walk, walk[2], claimed_ptr, N8 * 8, ring)),
         ], [4, 1], [240, 24])
     elif PART == 1:
         gl.warp_specialize([
-            (drain, (walk, ring)),
-            (drain, (walk, ring)),
-            (produce_rows, (rows_desc, weights_desc, walk, N8 * 8, ring)),
+            (drain, (walk[3], ring)),
+            (drain, (walk[3], ring)),
+            (produce_rows, (rows_desc, weights_desc, walk, walk[2], claimed_ptr, N8 * 8, ring)),
         ], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (consume, (out_ptr, N8, walk, ring, finish, 0, False)),
-            (consume, (out_ptr, N8, walk, ring, finish, 1, False)),
-            (announce, (walk, ring)),
+            (consume, (out_ptr, N8, walk[3], ring, finish, 0, False)),
+            (consume, (out_ptr, N8, walk[3], ring, finish, 1, False)),
+            (announce, (walk, claimed_ptr, ring)),
         ], [4, 1], [240, 24])
 
 
@@ -217,9 +225,9 @@ def note(log_ptr, party: gl.constexpr, step, field: gl.constexpr):
 
 @gluon.jit
 def produce_noting(rows_desc, weights_desc, walk, weight_rows, ring, log_ptr):
-    """produce_rows, with a note before and after each wait for a free stage."""
+    """Level 8's producer, with a note before and after each wait for a free stage. Here tiles are dealt out in turn."""
     tiles_ptr, total, column_tiles, k_steps = walk
-    rows, weights, full, empty = ring
+    rows, weights, _told, full, empty = ring
     stage = 0
     phase = 0
     step = 0
@@ -245,7 +253,7 @@ def consume_noting(out_ptr, width8, walk, ring, finish: gl.constexpr, WG: gl.con
     """consume, with a note before and after each wait for a full stage. A stage is multiplied to its end before the
     next is waited for, which the real one does not do: so that a note means what it says."""
     tiles_ptr, total, column_tiles, k_steps = walk
-    rows, weights, full, empty = ring
+    rows, weights, _told, full, empty = ring
     stage = 0
     phase = 0
     step = 0
@@ -325,7 +333,7 @@ class Problem:
             STAGES=depth, BLOCK_M=size.block_M, BLOCK_N=block_N, BLOCK_K=size.block_K, num_warps=size.warps)
 
     def roles_arguments(self) -> tuple:
-        """What roles_kernel and noting_kernel take. Raises Unsupported off sm_90."""
+        """What roles_kernel and noting_kernel take, but for the counter. Raises Unsupported off sm_90."""
         if self.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
             raise Unsupported("needs sm_90")
         size = self.size
@@ -335,9 +343,15 @@ class Problem:
                 plan.tile_count, size.N // 8, size.K // 8)
 
     def roles(self, part: int) -> Callable[[], None]:
-        """A call of roles_kernel."""
+        """A call of roles_kernel, and of the fill that sets its counter back."""
         arguments = self.roles_arguments()
-        return lambda: roles_kernel[(self.programs,)](*arguments, PART=part, num_warps=4, maxnreg=168)
+        claimed = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+        def call() -> None:
+            claimed.zero_()
+            roles_kernel[(self.programs,)](claimed, *arguments, PART=part, num_warps=4, maxnreg=168)
+
+        return call
 
     def timeline(self) -> list:
         """The log of noting_kernel: [party][step][begins to wait, goes on], cycles since the first note."""
