@@ -96,20 +96,37 @@ def test_operators_pass_pytorchs_own_check(device):
     _, _, packed, x_TD = prepare(case, device)
     arrivals_A = new_arrivals(device)
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.route, (x_TD, packed.router_ED, arrivals_A, 2, 16, True, "few_rows"), test_utils=utils)
-    _, scores_TK, offsets_E1, token_of_row_R, row_of_slot_TK, work_W4 = ops.route(
-        x_TD, packed.router_ED, arrivals_A, 2, 16, True, "few_rows")
-    torch.library.opcheck(ops.spread, (x_TD, row_of_slot_TK), test_utils=utils)
+    routing = (x_TD, packed.router_ED, arrivals_A, 2, 16, True, "few_rows")
+    torch.library.opcheck(ops.route.operator, routing, test_utils=utils)
+    _, scores_TK, offsets_E1, token_of_row_R, row_of_slot_TK, work_W4 = ops.route(*routing)
+    torch.library.opcheck(ops.spread.operator, (x_TD, row_of_slot_TK), test_utils=utils)
     for choice in (Choice("few_rows"), CHOICES["pipelined"]):
         arguments = (x_TD, token_of_row_R, offsets_E1, work_W4, packed.gate_up_E2FD, packed.down_EDF,
                      *ops.fields(choice))
-        torch.library.opcheck(ops.experts, arguments, test_utils=utils)
+        torch.library.opcheck(ops.experts.operator, arguments, test_utils=utils)
     y_RD = ops.experts(*arguments)
     both = (*arguments[:6], row_of_slot_TK, scores_TK, *arguments[6:])
-    torch.library.opcheck(ops.experts_combined, both, test_utils=utils)
+    torch.library.opcheck(ops.experts_combined.operator, both, test_utils=utils)
     assert torch.equal(ops.experts_combined(*both), combine(y_RD, row_of_slot_TK, scores_TK))
     with pytest.raises(ValueError, match="kernels='fast'"):
         ops.experts(*arguments[:6], "fast", 8, [])
+
+
+def test_a_call_without_gradients_imports_no_compiler(tmp_path):
+    """An operator's first call would: three of the ten seconds that a first call may take."""
+    code = ("import sys, common.level, torch; from labs.kernels import ops; "
+            "out = ops.spread(torch.ones(2, 8), torch.tensor([[1], [0]], dtype=torch.int32)); "
+            "assert out.shape == (2, 8) and 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_a_gradient_that_there_is_none_of_is_refused(device):
+    x_TD = torch.ones(2, 8, device=device, requires_grad=True)
+    rows_RD = ops.spread(x_TD, torch.tensor([[1], [0]], dtype=torch.int32, device=device))
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        rows_RD.sum().backward()
+    with torch.no_grad():
+        assert not ops.spread(x_TD, torch.tensor([[1], [0]], dtype=torch.int32, device=device)).requires_grad
 
 
 # ---- which kernels

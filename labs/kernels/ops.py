@@ -6,9 +6,15 @@
     moe_lab::experts_combined  the same and combine.py, -> (T, D)                   down_combine.py where it can
 
 Operators take no tuples: a Choice travels as its fields, `kernels`, `group` and `tile` ([] for none).
+
+Called with plain tensors and without gradients, each is the function itself: an operator's first call imports the whole
+compiler, some 3 s, and every call costs the host more.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -29,6 +35,31 @@ def fields(choice: Choice) -> tuple[str, int, list[int]]:
     return choice.kernels, choice.group, [int(field) for field in choice.tile] if choice.tile else []
 
 
+def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Callable]:
+    """Register a function as an operator, `.operator`, which is called where it is compiled or traced, or where a
+    gradient is asked for: there is none, and the operator says so."""
+    def register(function: Callable) -> Callable:
+        registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
+
+        @functools.wraps(function)
+        def call(*args):
+            if torch.compiler.is_compiling() or any(not is_plain(arg) for arg in args):
+                return registered(*args)
+            return function(*args)
+
+        call.operator = registered
+        return call
+
+    return register
+
+
+def is_plain(arg: object) -> bool:
+    """Neither a tensor of another class, such as a traced one, nor one whose gradient is wanted."""
+    if not isinstance(arg, Tensor):
+        return True
+    return type(arg) in (Tensor, torch.nn.Parameter) and not (arg.requires_grad and torch.is_grad_enabled())
+
+
 def row_tile(x_TD: Tensor, router_ED: Tensor, K: int, F: int, kernels: str) -> int:
     """Rows a tile of the work list that route writes; only decode.py reads it."""
     if kernels != "few_rows":
@@ -37,7 +68,7 @@ def row_tile(x_TD: Tensor, router_ED: Tensor, K: int, F: int, kernels: str) -> i
     return decode.tiles_for(T * K, D, F, E, sm_count(x_TD.device)).row_tile
 
 
-@torch.library.custom_op("moe_lab::route", mutates_args={"arrivals_A"})
+@operator("moe_lab::route", mutates_args={"arrivals_A"})
 def route(
     x_TD: Tensor, router_ED: Tensor, arrivals_A: Tensor, K: int, F: int, renormalize: bool, kernels: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -46,7 +77,7 @@ def route(
     return tuple(routing.route(x_TD, router_ED, K, arrivals_A, row_tile(x_TD, router_ED, K, F, kernels), renormalize))
 
 
-@route.register_fake
+@route.operator.register_fake
 def _(x_TD, router_ED, arrivals_A, K, F, renormalize, kernels):
     T, E = x_TD.shape[0], router_ED.shape[0]
 
@@ -57,7 +88,7 @@ def _(x_TD, router_ED, arrivals_A, K, F, renormalize, kernels):
             int32(routing.work_entries(T * K, E, row_tile(x_TD, router_ED, K, F, kernels)), 4))
 
 
-@torch.library.custom_op("moe_lab::spread", mutates_args=())
+@operator("moe_lab::spread")
 def spread(x_TD: Tensor, row_of_slot_TK: Tensor) -> Tensor:
     """rows_RD: each token's row at each of its slots' rows."""
     rows_RD = x_TD.new_empty(row_of_slot_TK.numel(), x_TD.shape[1])
@@ -65,7 +96,7 @@ def spread(x_TD: Tensor, row_of_slot_TK: Tensor) -> Tensor:
     return rows_RD
 
 
-@spread.register_fake
+@spread.operator.register_fake
 def _(x_TD, row_of_slot_TK):
     return x_TD.new_empty(row_of_slot_TK.numel(), x_TD.shape[1])
 
@@ -85,7 +116,7 @@ def up_in_tiles(
     return plan
 
 
-@torch.library.custom_op("moe_lab::experts", mutates_args=())
+@operator("moe_lab::experts")
 def experts(
     x: Tensor, token_of_row_R: Tensor, offsets_E1: Tensor, work_W4: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor,
     kernels: str, group: int, tile: list[int],
@@ -118,12 +149,12 @@ def experts(
     return y_RD
 
 
-@experts.register_fake
+@experts.operator.register_fake
 def _(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, kernels, group, tile):
     return x.new_empty(token_of_row_R.shape[0], down_EDF.shape[1])
 
 
-@torch.library.custom_op("moe_lab::experts_combined", mutates_args=())
+@operator("moe_lab::experts_combined")
 def experts_combined(
     x: Tensor, token_of_row_R: Tensor, offsets_E1: Tensor, work_W4: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor,
     row_of_slot_TK: Tensor, scores_TK: Tensor, kernels: str, group: int, tile: list[int],
@@ -139,6 +170,6 @@ def experts_combined(
     return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_slot_TK, scores_TK, sm_count(x.device))
 
 
-@experts_combined.register_fake
+@experts_combined.operator.register_fake
 def _(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, row_of_slot_TK, scores_TK, kernels, group, tile):
     return x.new_empty(row_of_slot_TK.shape[0], down_EDF.shape[1])

@@ -286,7 +286,8 @@ def utilisation(method: str, counts_E: torch.Tensor, block_M: int) -> float | No
     if method == "padded bmm":
         return R / (counts_E.numel() * int(counts_E.max()))
     if method in ("Triton loop", "persistent", "level 8's"):
-        return R / int(((counts_E + block_M - 1) // block_M * block_M).sum())
+        rows = block_M // 2 if method == "level 8's" else block_M  # whose last tiles may be half ones
+        return R / int(((counts_E + rows - 1) // rows * rows).sum())
     return None
 
 
