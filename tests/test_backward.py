@@ -33,7 +33,8 @@ GRADS = ("x_TD", "router_ED", "gate_up_E2FD", "down_EDF")
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five of them, so that each has several tiles; and the interpreter runs one after the other."""
-    monkeypatch.setattr(backward_loop, "sm_count", lambda device: 5)
+    for module in (backward_loop, backward_gemm):
+        monkeypatch.setattr(module, "sm_count", lambda device: 5)
 
 
 def bound(dtype: torch.dtype) -> float:
@@ -158,6 +159,24 @@ def test_gradients_at_real_tiles(routing, mode, device):
     case = Case("real", T=777, D=520, F=392, E=16, K=4, routing=routing)
     problem = Problem(case, DTYPES[0], device, mode, tile=64)
     assert_right(problem, problem.run(), DTYPES[0])
+
+
+@pytest.mark.gpu
+def test_an_expert_that_is_no_number_stays_alone(device):
+    """Inner dimensions that fill no step: what lies past them is the next expert's, and 0 times NaN is NaN."""
+    problem = Problem(Case("odd", T=300, D=264, F=200, E=4, K=1), torch.bfloat16, device)
+    problem.leaves["gate_up_E2FD"][2] = problem.leaves["down_EDF"][2] = torch.nan
+    found = problem.run()
+    others = (problem.expert_ids_TK != 2).all(1)
+    assert 0 < others.sum() < 300
+    assert found["out_TD"][others].isfinite().all()
+    for name in ("gate_up_E2FD", "down_EDF"):
+        assert found[name][[0, 1, 3]].isfinite().all(), name
+    scores_TK = torch.ones(300, 1, device=device)
+    x_TD = problem.leaves["x_TD"].detach().clone().requires_grad_()
+    weights = problem.leaves["gate_up_E2FD"], problem.leaves["down_EDF"]
+    backward.moe_experts(x_TD, *weights, scores_TK, problem.expert_ids_TK).backward(problem.grad_TD)
+    assert x_TD.grad[others].isfinite().all()
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)

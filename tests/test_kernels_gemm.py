@@ -318,6 +318,14 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
     assert prefix or given["claimed_ptr"] is plan.claimed_up
     assert given["rows_desc"].base is rows
     assert given["rows_desc"].block_shape == [64, 64]
+    if "straight_kernel" in kernels:
+        grouped_gemm.straight(rows, down, plan, hidden, 1)
+        assert given["rows_desc"].base is rows
+        assert (*given["weights_desc"].shape, *given["weights_desc"].block_shape) == (2, 320, 256, 1, 64, 256)
+        assert given["out_ptr"] is hidden
+        assert given["claimed_ptr"] is plan.claimed_down
+        assert (given["N8"], given["K8"]) == (32, 40)
+        plan.counted.clear()
     getattr(module, f"{prefix}down")(hidden, down, plan, y, 1)
     assert given["hidden_desc"].base is hidden
     assert (*given["down_desc"].shape, *given["down_desc"].block_shape) == (2 * 320, 256, 256, 64)
@@ -333,16 +341,23 @@ def describe(rows: int) -> str:
     return f"tensordesc<bf16[{rows}, 64],{grouped_gemm._SWIZZLED.value!r}>"
 
 
+def box(*sizes: int) -> str:
+    """A descriptor's type of three dimensions."""
+    return f"tensordesc<bf16[{', '.join(map(str, sizes))}],{grouped_gemm._SWIZZLED_3D.value!r}>"
+
+
 TABLE = {"tiles_ptr": "*i32", "tile_count_ptr": "*i32", "D8": "i32", "F8": "i32"}
 CLAIMED = {"claimed_ptr": "*i32"}
 GATHER = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", **CLAIMED, "gate_up_desc": describe(256),
           "hidden_ptr": "*bf16", **TABLE}
 UP = {"rows_desc": describe(64), "gate_up_desc": describe(256), "hidden_ptr": "*bf16", **TABLE}
 DOWN = {"hidden_desc": describe(64), "down_desc": describe(256), "y_ptr": "*bf16", **TABLE}
+STRAIGHT = {**CLAIMED, "rows_desc": describe(64), "weights_desc": box(1, 64, 256),
+            "out_ptr": "*bf16", "tiles_ptr": "*i32", "tile_count_ptr": "*i32", "N8": "i32", "K8": "i32"}
 KERNELS = {
     "up_gather_kernel": ("grouped_gemm", GATHER), "up_rows_kernel": ("grouped_gemm", {**CLAIMED, **UP}),
     "down_kernel": ("grouped_gemm", {**CLAIMED, **DOWN}), "tall_up_rows_kernel": ("tall_gemm", UP),
-    "tall_down_kernel": ("tall_gemm", DOWN),
+    "tall_down_kernel": ("tall_gemm", DOWN), "straight_kernel": ("grouped_gemm", STRAIGHT),
 }
 
 
@@ -412,6 +427,33 @@ def test_machine_code_with_spare_warps_is_as_planned(name):
     assert found.count(r"CCTL\.IVALL") == 1, "acquired"
     assert found.registers == 168
     assert found.shared_bytes <= 227 * 1024
+
+
+TRAINING = {
+    "train_up_kernel": {"gate_up_desc": box(2, 128, 64), "h_ptr": "*bf16", "hidden_ptr": "*bf16", **TABLE},
+    "hidden_grad_kernel": {"down_desc": box(1, 64, 256), "score_of_row_ptr": "*fp32", "h_ptr": "*bf16",
+                           "dh_ptr": "*bf16", "scaled_ptr": "*bf16", "d_scores_ptr": "*fp32", "R": "i32", **TABLE},
+}
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("kernel", TRAINING)
+def test_machine_code_of_training_is_as_planned(kernel, gathered):
+    signature = {"rows": "*bf16" if gathered else describe(64), "token_of_row_ptr": "*i32", **CLAIMED,
+                 **TRAINING[kernel]}
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    asked = Request(f"{kernel} {gathered}", "labs.kernels.train_gemm", kernel, signature, {"GATHERED": gathered},
+                    aligned, 4, 3, options=grouped_gemm.LAUNCH)
+    found = compile_all([asked])[asked.name]
+    assert found.count("HGMMA") == 2 * 2 * 4
+    assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
+    assert found.count("UTMALDG") > 0
+    assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == (8 if gathered else 0)
+    # dS is stored by 4 bytes, a row's by one thread in four.
+    assert found.count(r"STG") - found.count(r"STG\.E\.128") == (4 if kernel == "hidden_grad_kernel" else 0)
+    assert found.stack_bytes <= 8, "a value spilled once a tile, no more; 24 bytes in Triton 3.6"
+    assert found.count(r"REDG?\.|ATOMG?\.") == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == 4, "claims, no sums"
+    assert found.registers == 168
 
 
 # ---- the plain kernels: machine code, and answers in the interpreter

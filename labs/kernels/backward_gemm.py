@@ -1,4 +1,5 @@
-"""Grouped GEMMs over the rows of a SwiGLU mixture that trains: forward, and the backward down to dX. Plain Triton.
+"""Grouped GEMMs over the rows of a SwiGLU mixture that trains: forward, and the backward down to dX. Plain Triton, for
+all but bf16 on Hopper: there train_gemm.py does what [up] and [hidden_grad] are below, grouped_gemm.py what [rows] is.
 
     forward    x --gather--> [up: SwiGLU] --> H, A          A (R, F) --> [rows] --> y (R, D)
     backward   dO --gather--> [hidden_grad] --> dH, A', dS  dH (R, 2F) --> [rows] --> dX~ (R, D)
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import torch
 
+from labs.kernels import grouped_gemm, train_gemm
 from labs.kernels.backward_loop import (
     blocks,
     describe,
@@ -36,12 +38,12 @@ from labs.kernels.backward_loop import (
     tma_straight,
     tma_transposed,
 )
+from labs.kernels.launch import sm_count
 from labs.kernels.plain_gemm import PlainTile
 from labs.kernels.tiles import TilePlan, check, check_gemm
 
 import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # T tokens, D model width, F expert width, E experts, R rows: T*K routed ones, or the most that rounding may give.
 # In kernels M, N and K are the GEMM tile's axes.
@@ -208,16 +210,17 @@ def hidden_grad_kernel(
 COPY_FROM = 4096  # F from which rows are copied before: between the presets with 2048 and 14336
 
 
-def rows_of_tokens(
-    x_TD: torch.Tensor, token_of_row_R: torch.Tensor, F: int, tile: PlainTile
-) -> torch.Tensor | TensorDescriptor:
-    """What a GEMM of the rows with F columns reads: x_TD itself, to gather from, or a descriptor of a sorted copy.
+def rows_of_tokens(x_TD: torch.Tensor, token_of_row_R: torch.Tensor, F: int, tile: PlainTile) -> torch.Tensor:
+    """What a GEMM of the rows with F columns reads: x_TD itself, to gather from, or a sorted copy (R, D).
 
     A copy moves some 2 * R * D values whatever F is; gathering while loading slows the R * D * F of arithmetic.
     """
-    if not tile.tma or F < COPY_FROM:
-        return x_TD
-    return describe(x_TD.index_select(0, token_of_row_R), [tile.block_M, tile.block_K], tile)
+    return x_TD.index_select(0, token_of_row_R) if tile.tma and F >= COPY_FROM else x_TD
+
+
+def has_warp_roles(tile: PlainTile, dtype: torch.dtype) -> bool:
+    """Whether there are kernels with warp roles, which are faster."""
+    return tile.tma and dtype == torch.bfloat16
 
 
 def up(
@@ -237,13 +240,15 @@ def up(
     check("token_of_row_R", token_of_row_R, (R,), torch.int32)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     h_R2F, hidden_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
-    if R > 0:
-        rows = rows_of_tokens(x_TD, token_of_row_R, F, tile)
+    rows = rows_of_tokens(x_TD, token_of_row_R, F, tile)
+    if R > 0 and has_warp_roles(tile, x_TD.dtype):
+        train_gemm.up(rows, rows is x_TD, token_of_row_R, gate_up_E2FD, plan, h_R2F, hidden_RF, sm_count(x_TD.device))
+    elif R > 0:
         weights = describe(gate_up_E2FD.view(2 * E, F, D), [2, tile.block_N // 2, tile.block_K], tile)
         grid = programs(len(plan.tiles_X5) * triton.cdiv(2 * F, tile.block_N), x_TD.device)
         up_kernel[(grid,)](
-            rows, token_of_row_R, weights, h_R2F, hidden_RF, offsets_E1, plan.tiles_X5, plan.tile_count, D // 8, F // 8,
-            SORTED=rows is not x_TD,
+            rows if rows is x_TD else describe(rows, [tile.block_M, tile.block_K], tile), token_of_row_R, weights,
+            h_R2F, hidden_RF, offsets_E1, plan.tiles_X5, plan.tile_count, D // 8, F // 8, SORTED=rows is not x_TD,
             load_weights=tma_gate_up if tile.tma else pointer_gate_up, **blocks(tile))
     return h_R2F, hidden_RF
 
@@ -254,8 +259,8 @@ def multiply_rows(
 ) -> torch.Tensor:
     """Sorted rows times their experts' weights: rows_RK @ weights_EKN[e], or @ weights_ENK[e].T if `transposed`.
 
-    rows_RK (R, K) and weights of one dtype, offsets_E1 int32, all contiguous; plan as for `up`. Gives (R, N); rows of
-    no expert stay undefined. Raises ValueError for what does not fit.
+    rows_RK (R, K) and weights of one dtype, offsets_E1 int32, all contiguous; plan as for `up`, which no other call of
+    this has used. Gives (R, N); rows of no expert stay undefined. Raises ValueError for what does not fit.
     """
     R, (E, K, N) = rows_RK.shape[0], weights.shape
     if transposed:
@@ -265,7 +270,10 @@ def multiply_rows(
     check("weights", weights, tuple(weights.shape), rows_RK.dtype)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     out_RN = rows_RK.new_empty(R, N)
-    if R > 0:
+    if has_warp_roles(tile, rows_RK.dtype):
+        multiply = grouped_gemm.down if transposed else grouped_gemm.straight
+        multiply(rows_RK, weights, plan, out_RN, sm_count(rows_RK.device))
+    elif R > 0:
         if transposed:
             box, load_weights = [1, tile.block_N, tile.block_K], tma_transposed if tile.tma else pointer_transposed
         else:
@@ -296,12 +304,16 @@ def hidden_grad(
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     dh_R2F, scaled_RF = torch.empty_like(h_R2F), h_R2F.new_empty(R, F)
     d_scores_XR = torch.empty(triton.cdiv(F, tile.block_N), R, dtype=torch.float32, device=h_R2F.device)
-    if R > 0:
-        rows = rows_of_tokens(grad_out_TD, token_of_row_R, F, tile)
+    rows = rows_of_tokens(grad_out_TD, token_of_row_R, F, tile)
+    if R > 0 and has_warp_roles(tile, h_R2F.dtype):
+        train_gemm.hidden_grad(rows, rows is grad_out_TD, token_of_row_R, score_of_row_R, down_EDF, h_R2F, plan, dh_R2F,
+                               scaled_RF, d_scores_XR, sm_count(h_R2F.device))
+    elif R > 0:
         weights = describe(down_EDF, [1, tile.block_K, tile.block_N], tile)
         grid = programs(len(plan.tiles_X5) * len(d_scores_XR), h_R2F.device)
         hidden_grad_kernel[(grid,)](
-            rows, token_of_row_R, score_of_row_R, weights, h_R2F, dh_R2F, scaled_RF, d_scores_XR, offsets_E1,
-            plan.tiles_X5, plan.tile_count, R, D // 8, F // 8, SORTED=rows is not grad_out_TD,
+            rows if rows is grad_out_TD else describe(rows, [tile.block_M, tile.block_K], tile), token_of_row_R,
+            score_of_row_R, weights, h_R2F, dh_R2F, scaled_RF, d_scores_XR, offsets_E1, plan.tiles_X5, plan.tile_count,
+            R, D // 8, F // 8, SORTED=rows is not grad_out_TD,
             load_weights=tma_straight if tile.tma else pointer_straight, **blocks(tile))
     return dh_R2F, scaled_RF, d_scores_XR

@@ -21,6 +21,7 @@ Costs  hidden is read once a band. The combiner of one program waits for the til
     index array     shape     from -> to
     row_of_slot_TK  (T, K)    token, choice -> sorted row
     tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group (tiles.py)
+    claimed         (1,)      output tiles that programs have taken; zero at the start (tiles.py)
     done_B          (4,)      band -> programs whose tiles of it are stored; zeros at the start (tiles.py)
 
 Determinism: each sum runs over the choices in their order, though the compiler may fuse other products than in
@@ -36,11 +37,12 @@ from labs.kernels.grouped_gemm import (
     LAUNCH,
     down_operands,
     listen,
-    multiply_rows,
+    multiply_share,
     open_barriers,
     open_ring,
     produce_rows,
     store_y,
+    sync_threads,
     walk_tiles,
 )
 from labs.kernels.grouped_gemm import _BLOCK_N, _WARPGROUPS
@@ -74,6 +76,7 @@ _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 @gluon.jit
 def leave_bands(stored, first, end):
     """This warpgroup has stored its share of the bands from `first` to before `end`, and gets no more of them."""
+    sync_threads()  # one thread arrives, for all that have stored
     for band in gl.static_range(_BANDS):
         mbarrier.arrive(stored.index(band), pred=(first <= band) & (band < end))
 
@@ -90,7 +93,7 @@ def consume(y_ptr, D, k_steps, ring, stored, WG: gl.constexpr):
         if band > left:
             leave_bands(stored, left, band)
         left = band
-        stage, phase = multiply_rows(y_ptr, D, row, used, column, k_steps, stage, phase, ring, finish, WG, False)
+        stage, phase = multiply_share(y_ptr, D, row, used, column, k_steps, stage, phase, ring, finish, WG, False)
         row, used, column, band = listen(ring, stage, phase)
     leave_bands(stored, left, _BANDS)
 
@@ -238,8 +241,8 @@ def down_combine(
     """out_TD: hidden_RF through their experts' down_EDF, and each token's K rows of it, summed with their scores.
 
     bf16 and contiguous, row_of_slot_TK int32 and scores_TK float32 (T, K), K at most MOST_CHOICES; a plan in tiles of
-    128 rows that no other call has used; programs: the GPU's SMs. Raises ValueError for other shapes, dtypes or plans,
-    and unless D and F are multiples of 8.
+    128 rows that no other down projection has used; programs: the GPU's SMs. Raises ValueError for other shapes, dtypes
+    or plans, and unless D and F are multiples of 8.
     """
     (T, K), D, R, device = row_of_slot_TK.shape, down_EDF.shape[1], hidden_RF.shape[0], hidden_RF.device
     if not 1 <= K <= MOST_CHOICES:

@@ -15,10 +15,10 @@ dimension, 48 KB:
     rows:   1 warp, TMA both; 1 arrival           arrive empty[s - 1]: 2 arrivals
     wait empty[s] before either                   after the last step: SwiGLU, 16-byte stores from registers
 
-A program claims its next output tile from a counter that all share, so tiles start in their order whatever each costs,
-the row tiles of a group meet in L2 over the weights they share, and no program is done long before the others. So an
-expert's last tile may cost what it holds: of 64 rows or fewer only one warpgroup multiplies, which one the column says,
-and the other passes the stages on.
+A program claims its next output tile from a counter that all share. So tiles are begun in their order whatever each
+costs, the row tiles of a group meet in L2 over the weights they share, and no program is done long before the others.
+So an expert's last tile may cost what it holds: of 64 rows or fewer only one warpgroup multiplies, which one the column
+says, and the other passes the stages on.
 
     index array     shape     from -> to
     token_of_row_R  (R,)    row -> token
@@ -67,8 +67,11 @@ _LEAD = gl.constexpr(8)  # K steps before a tile's end at which the next one is 
 _ROW_BYTES = gl.constexpr(ROWS * BLOCK_K * 2)
 _WEIGHT_BYTES = gl.constexpr(BLOCK_N * BLOCK_K * 2)
 _SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+_SWIZZLED_3D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
 _ACC_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16]))
+_ACC_QUARTER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 4, 16]))
+_ACC_EIGHTH = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 8, 16]))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 8 threads a row
 
@@ -89,6 +92,7 @@ def _store_layouts(columns: int) -> tuple[gl.constexpr, gl.constexpr]:
     return layout([[0, 2], [0, 16]], [[0, 8], [0, 4]]), layout([[0, 2], [0, 4]], [[0, 8], [0, 16]])
 
 
+_SWAPPED_32, _WIDE_32 = _store_layouts(32)
 _SWAPPED_128, _WIDE_128 = _store_layouts(128)
 _SWAPPED_256, _WIDE_256 = _store_layouts(256)
 
@@ -108,7 +112,7 @@ def find_tile(tiles_ptr, tile, column_tiles):
 
 @gluon.jit
 def find_tile_ahead(tiles_ptr, tile, total, column_tiles):
-    """find_tile, with no rows past the last tile: its loads then run a whole tile ahead of their use."""
+    """find_tile, with no rows past the last tile: its loads then can run ahead of their use."""
     inside = gl.maximum(gl.minimum(tile, total - 1), 0)
     expert, row, used, column, row_tile = find_tile(tiles_ptr, inside, column_tiles)
     return expert, row, gl.where(tile < total, used, 0), column, row_tile
@@ -123,7 +127,7 @@ def walk_tiles(tiles_ptr, tile_count_ptr, N, K):
 
 @gluon.jit
 def find_band_tile(walk, band_tiles, tile):
-    """find_tile_ahead through bands of band_tiles column tiles, one after the other; also returns the band."""
+    """find_tile_ahead, through bands of band_tiles column tiles in turn; the band in place of the row tile."""
     tiles_ptr, total, column_tiles, _ = walk
     band_size = gl.maximum(total // column_tiles * band_tiles, 1)
     inside = gl.maximum(gl.minimum(tile, total - 1), 0)
@@ -156,10 +160,13 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 # ------------------------------------------------------------------------------------------------- shared memory
 @gluon.jit
-def open_stages(STAGES: gl.constexpr, WARPGROUPS: gl.constexpr):
-    """The ring's buffers: rows (STAGES * WARPGROUPS, 64, 64) and weights (STAGES, 256, 64), bf16."""
+def open_stages(STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, STRAIGHT: gl.constexpr = False):
+    """The ring's buffers, bf16: rows (STAGES * WARPGROUPS, 64, 64), and weights (STAGES, 256, 64), or (STAGES, 64, 256)
+    where their rows are the inner dimension (STRAIGHT)."""
     rows = gl.allocate_shared_memory(gl.bfloat16, [STAGES * WARPGROUPS, _ROWS, _BLOCK_K], _SWIZZLED)
-    weights = gl.allocate_shared_memory(gl.bfloat16, [STAGES, _BLOCK_N, _BLOCK_K], _SWIZZLED)
+    height: gl.constexpr = _BLOCK_K if STRAIGHT else _BLOCK_N
+    width: gl.constexpr = _BLOCK_N if STRAIGHT else _BLOCK_K
+    weights = gl.allocate_shared_memory(gl.bfloat16, [STAGES, height, width], _SWIZZLED)
     return rows, weights
 
 
@@ -173,9 +180,9 @@ def open_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def open_ring(FULL_ARRIVALS: gl.constexpr):
+def open_ring(FULL_ARRIVALS: gl.constexpr, STRAIGHT: gl.constexpr = False):
     """Buffers and barriers of the ring that producer and consumers share, and what tile a stage is the first of."""
-    rows, weights = open_stages(_STAGES, _WARPGROUPS)
+    rows, weights = open_stages(_STAGES, _WARPGROUPS, STRAIGHT)
     told = gl.allocate_shared_memory(gl.int32, [_STAGES, 4], _FLAT)
     full = open_barriers(_STAGES, FULL_ARRIVALS)
     empty = open_barriers(_STAGES, _WARPGROUPS)
@@ -207,8 +214,28 @@ def listen(ring, stage, phase):
 
 # ----------------------------------------------------------------------------------------------------- producers
 @gluon.jit
-def load_steps(rows_desc, weights_desc, row, used, column, weight_row, first_k, end_k, stage, phase, ring):
-    """K steps of an output tile by TMA: 256 weight rows a stage, and 64 contiguous rows a warpgroup that works."""
+def load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage):
+    """A stage's weights by TMA, as the descriptor's box says, zeros past their edges.
+
+    [256, 64]: of (experts * weight_rows, K), to be multiplied transposed. [1, 64, 256]: of (experts, K, N), straight.
+    [2, 128, 64]: of (2 * experts, F, K), 128 gate rows and the up rows of the same columns of F, transposed.
+    """
+    box: gl.constexpr = weights_desc.block_type.shape
+    if len(box) == 2:
+        tma.async_copy_global_to_shared(weights_desc, [expert * weight_rows + column * _BLOCK_N, k * _BLOCK_K], bar,
+                                        weights.index(stage))
+    else:
+        stage_of_box = weights.index(stage)._reinterpret(gl.bfloat16, box, _SWIZZLED_3D)
+        if box[0] == 1:
+            tma.async_copy_global_to_shared(weights_desc, [expert, k * _BLOCK_K, column * _BLOCK_N], bar, stage_of_box)
+        else:
+            tma.async_copy_global_to_shared(weights_desc, [2 * expert, column * (_BLOCK_N // 2), k * _BLOCK_K], bar,
+                                            stage_of_box)
+
+
+@gluon.jit
+def load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, first_k, end_k, stage, phase, ring):
+    """K steps of an output tile by TMA: the weights, and 64 contiguous rows for each warpgroup that works."""
     rows, weights, _told, full, empty = ring
     whole = used > _ROWS
     first = gl.where(whole, 0, column % 2)  # the warpgroup that multiplies the first 64 rows
@@ -217,7 +244,7 @@ def load_steps(rows_desc, weights_desc, row, used, column, weight_row, first_k, 
         mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES, pred=whole)
         mbarrier.expect(bar, _WEIGHT_BYTES + _ROW_BYTES, pred=used <= _ROWS)
-        tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
+        load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage)
         tma.async_copy_global_to_shared(rows_desc, [row, k * _BLOCK_K], bar, rows.index(stage * _WARPGROUPS + first))
         tma.async_copy_global_to_shared(rows_desc, [row + _ROWS, k * _BLOCK_K], bar,
                                         rows.index(stage * _WARPGROUPS + 1), pred=whole)
@@ -226,16 +253,16 @@ def load_steps(rows_desc, weights_desc, row, used, column, weight_row, first_k, 
 
 
 @gluon.jit
-def tell_end(ring, stage, phase):
-    """No more tiles, from a role of one warp."""
+def tell_end(ring, stage, phase, WARPS: gl.constexpr):
+    """No more tiles."""
     _rows, _weights, _told, full, _empty = ring
-    tell(ring, stage, phase, 0, 0, 0, 0, 1)
+    tell(ring, stage, phase, 0, 0, 0, 0, WARPS)
     mbarrier.arrive(full.index(stage))
 
 
 @gluon.jit
 def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_rows, ring):
-    """One warp fills the ring by TMA, band by band."""
+    """One warp fills the ring by TMA, band by band. weight_rows: of an expert."""
     k_steps = walk[3]
     early = gl.maximum(k_steps - _LEAD, 0)
     stage = 0
@@ -243,33 +270,13 @@ def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_
     expert, row, used, column, band = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
     while used > 0:
         tell(ring, stage, phase, row, used, column, band, 1)
-        weight_row = expert * weight_rows + column * _BLOCK_N
-        stage, phase = load_steps(rows_desc, weights_desc, row, used, column, weight_row, 0, early, stage, phase, ring)
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 0, early, stage,
+                                  phase, ring)
         after = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
-        stage, phase = load_steps(rows_desc, weights_desc, row, used, column, weight_row, early, k_steps, stage, phase,
-                                  ring)
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, early, k_steps,
+                                  stage, phase, ring)
         expert, row, used, column, band = after
-    tell_end(ring, stage, phase)
-
-
-@gluon.jit
-def gather_steps(source, inside, D, weights_desc, weight_row, first_k, end_k, stage, phase, ring):
-    """K steps of an output tile: weights by TMA, and each thread's 16 bytes of rows of x by cp.async, zeros where not
-    `inside`. Returns the sources of the next step too."""
-    rows, weights, _told, full, empty = ring
-    rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
-    c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _GATHER))
-    for k in range(first_k, end_k):
-        bar = full.index(stage)
-        mbarrier.wait(empty.index(stage), phase ^ 1)
-        mbarrier.expect(bar, _WEIGHT_BYTES)
-        tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage))
-        async_copy.async_copy_global_to_shared(rows.index(stage), source,
-                                               inside[:, None] & (k * _BLOCK_K + c < D)[None, :])
-        async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
-        source += _BLOCK_K
-        stage, phase = next_stage(stage, phase, _STAGES)
-    return source, stage, phase
+    tell_end(ring, stage, phase, 1)
 
 
 @gluon.jit
@@ -277,7 +284,8 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
     """Four warps fill the ring: rows of x by cp.async through token_of_row, zeros past the expert's end, and weights by
     TMA."""
     tiles_ptr, total, column_tiles, k_steps = walk
-    _rows, _weights, _told, full, _empty = ring
+    rows, weights, _told, full, empty = ring
+    rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
     early = gl.maximum(k_steps - _LEAD, 0)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     r = gl.arange(0, _TILE_ROWS, layout=gl.SliceLayout(1, _GATHER))
@@ -287,22 +295,48 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
     expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
     while used > 0:
         tell(ring, stage, phase, row, used, column, 0, 4)
-        weight_row = expert * weight_rows + column * _BLOCK_N
         place = r - gl.where(used > _ROWS, 0, column % 2 * _ROWS)  # a half tile lies with the warpgroup that works
         inside = (place >= 0) & (place < used)
         token = gl.load(token_of_row_ptr + row + place, mask=inside, other=0)
         source = x_ptr + (token.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
-        source, stage, phase = gather_steps(source, inside, D, weights_desc, weight_row, 0, early, stage, phase, ring)
-        after = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
-        source, stage, phase = gather_steps(source, inside, D, weights_desc, weight_row, early, k_steps, stage, phase,
-                                            ring)
-        expert, row, used, column, _ = after
-    tell(ring, stage, phase, 0, 0, 0, 0, 4)
-    mbarrier.arrive(full.index(stage))
+        next_expert = 0
+        next_row = 0
+        next_used = 0
+        next_column = 0
+        for k in range(k_steps):
+            if k == early:
+                after = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
+                next_expert = after[0]
+                next_row = after[1]
+                next_used = after[2]
+                next_column = after[3]
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(bar, _WEIGHT_BYTES)
+            load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage)
+            async_copy.async_copy_global_to_shared(rows.index(stage), source,
+                                                   inside[:, None] & (k * _BLOCK_K + c < D)[None, :])
+            async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
+            source += _BLOCK_K
+            stage, phase = next_stage(stage, phase, _STAGES)
+        expert = next_expert
+        row = next_row
+        used = next_used
+        column = next_column
+    tell_end(ring, stage, phase, 4)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
 # ----------------------------------------------------------------------------------------------------- consumers
+@gluon.jit
+def weights_of(weights, stage):
+    """A stage's weights as wgmma wants them, (64, 256): inner dimension first."""
+    tile = weights.index(stage)
+    if weights.shape[1] != _BLOCK_K:
+        tile = tile.permute((1, 0))
+    return tile
+
+
 @gluon.jit
 def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constexpr):
     """Warpgroup WG's 64x256 float32 accumulator over all K steps, with one wgmma left in flight between steps."""
@@ -312,8 +346,8 @@ def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constex
     mbarrier.wait(full.index(stage), phase)
     if GATHERED:
         fence_async_shared()  # cp.async wrote the rows through the generic proxy, wgmma reads through the other
-    acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights.index(stage).permute((1, 0)), acc,
-                        use_acc=False, is_async=True)
+    acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights_of(weights, stage), acc, use_acc=False,
+                        is_async=True)
     acc = warpgroup_mma_wait(1, deps=(acc,))
     previous += stage
     stage, phase = next_stage(stage, phase, _STAGES)
@@ -321,8 +355,7 @@ def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constex
         mbarrier.wait(full.index(stage), phase)
         if GATHERED:
             fence_async_shared()
-        acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights.index(stage).permute((1, 0)), acc,
-                            is_async=True)
+        acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights_of(weights, stage), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(empty.index(previous))
         previous = stage
@@ -344,7 +377,7 @@ def pass_on(ring, stage, phase, k_steps):
 
 
 @gluon.jit
-def multiply_rows(out_ptr, width, row, used, column, k_steps, stage, phase, ring, finish: gl.constexpr,
+def multiply_share(out_ptr, width, row, used, column, k_steps, stage, phase, ring, finish: gl.constexpr,
                   WG: gl.constexpr, GATHERED: gl.constexpr):
     """Warpgroup WG's 64 rows of an output tile, multiplied and finished; of a tile of no more, all or nothing."""
     whole = used > _ROWS
@@ -363,7 +396,7 @@ def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constex
     phase = 0
     row, used, column, _ = listen(ring, stage, phase)
     while used > 0:
-        stage, phase = multiply_rows(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
+        stage, phase = multiply_share(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
                                      GATHERED)
         row, used, column, _ = listen(ring, stage, phase)
 
@@ -384,6 +417,14 @@ _SILU_MUL = gl.constexpr("""{
 
 
 @gluon.jit
+def halves(tile):
+    """The left and the right half of a tile's columns: they lie in the same threads."""
+    M: gl.constexpr = tile.shape[0]
+    N: gl.constexpr = tile.shape[1]
+    return tile.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
 def swiglu(acc):
     """(64, 256) gate and up columns in alternating blocks of 8 -> (64, 128); a pair sits in one thread's registers."""
     pairs = acc.reshape([_ROWS, _BLOCK_N // 16, 2, 8]).permute((0, 1, 3, 2))
@@ -393,31 +434,32 @@ def swiglu(acc):
 
 
 @gluon.jit
-def store_rows(out_ptr, values, row, column, width, end):
-    """Store those of 64 rows of bf16 before `end`, 16 bytes a thread: no shared memory, no wait, no fence."""
+def store_rows(out_ptr, values, row, column, width, stride, end):
+    """Store those of 64 rows of bf16 before `end`, and of their columns before `width`, 16 bytes a thread: no shared
+    memory, no wait, no fence."""
     N: gl.constexpr = values.shape[1]
-    swapped: gl.constexpr = _SWAPPED_256 if N == 256 else _SWAPPED_128
-    wide: gl.constexpr = _WIDE_256 if N == 256 else _WIDE_128
+    swapped: gl.constexpr = _SWAPPED_256 if N == 256 else _SWAPPED_128 if N == 128 else _SWAPPED_32
+    wide: gl.constexpr = _WIDE_256 if N == 256 else _WIDE_128 if N == 128 else _WIDE_32
     values = gl.convert_layout(values, swapped)
     # A no-op that keeps the two swaps apart: one is done by shuffles, two at once would go through shared memory.
     values = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2)
     values = gl.convert_layout(values, wide)
     r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, wide))
     c = column + gl.arange(0, N, layout=gl.SliceLayout(0, wide))
-    pointers = out_ptr + (r.to(gl.int64) * width)[:, None] + c[None, :]  # R * width passes 2**31 at real sizes
+    pointers = out_ptr + (r.to(gl.int64) * stride)[:, None] + c[None, :]  # R * stride passes 2**31 at real sizes
     gl.store(pointers, values, mask=(r < end)[:, None] & (c < width)[None, :])
 
 
 @gluon.jit
 def store_hidden(hidden_ptr, F, acc, row, column_tile, end):
     """Epilogue of up: 64x256 of gate and up -> 64x128 of hidden."""
-    store_rows(hidden_ptr, swiglu(acc).to(gl.bfloat16), row, column_tile * (_BLOCK_N // 2), F, end)
+    store_rows(hidden_ptr, swiglu(acc).to(gl.bfloat16), row, column_tile * (_BLOCK_N // 2), F, F, end)
 
 
 @gluon.jit
 def store_y(y_ptr, D, acc, row, column_tile, end):
     """Epilogue of down: 64x256 of y."""
-    store_rows(y_ptr, acc.to(gl.bfloat16), row, column_tile * _BLOCK_N, D, end)
+    store_rows(y_ptr, acc.to(gl.bfloat16), row, column_tile * _BLOCK_N, D, D, end)
 
 
 # ------------------------------------------------------------------------------------------------------- kernels
@@ -495,6 +537,31 @@ def down_kernel(
         (consume, (y_ptr, D8, walk[3], ring, finish, 0, False)),
         (consume, (y_ptr, D8, walk[3], ring, finish, 1, False)),
         (produce_rows, (hidden_desc, down_desc, walk, walk[2], claimed_ptr, D8 * 8, ring)),
+    ], [4, 1], [240, 24])
+
+
+@gluon.jit(do_not_specialize=["N8", "K8"])
+def straight_kernel(
+    claimed_ptr,  # (1,) int32, zero
+    rows_desc,  # (R, K) bf16
+    weights_desc,  # (E, K, N) bf16
+    out_ptr,  # (R, N) bf16
+    tiles_ptr,  # (X, 5) int32
+    tile_count_ptr,  # (1,) int32
+    N8,
+    K8,
+):
+    """out = rows @ weights. Here N and K are the output's width and the inner one, N8 and K8 an eighth of them.
+
+    Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns. Float32 accumulators.
+    """
+    finish: gl.constexpr = store_y
+    ring = open_ring(1, True)
+    walk = walk_tiles(tiles_ptr, tile_count_ptr, N8 * 8, K8 * 8)
+    gl.warp_specialize([
+        (consume, (out_ptr, N8, walk[3], ring, finish, 0, False)),
+        (consume, (out_ptr, N8, walk[3], ring, finish, 1, False)),
+        (produce_rows, (rows_desc, weights_desc, walk, walk[2], claimed_ptr, K8 * 8, ring)),
     ], [4, 1], [240, 24])
 
 
@@ -582,3 +649,23 @@ def down(
     if hidden_RF.shape[0] > 0:
         plan.count_once("down")
         down_kernel[(programs,)](plan.claimed_down, *operands, **LAUNCH)
+
+
+def straight(
+    rows_RK: torch.Tensor, weights_EKN: torch.Tensor, plan: TilePlan, out_RN: torch.Tensor, programs: int
+) -> None:
+    """out_RN = rows_RK @ weights_EKN[e], the rows' experts' weights as they lie: what `down` is transposed.
+
+    All bf16 and contiguous; a plan in tiles of 128 rows that no other down projection has used; programs: the GPU's
+    SMs. Raises ValueError for other shapes, dtypes or plans, and unless N and K are multiples of 8.
+    """
+    (E, K, N), R = weights_EKN.shape, rows_RK.shape[0]
+    check_gemm(E, N, K, plan, 128)
+    check("rows_RK", rows_RK, (R, K))
+    check("weights_EKN", weights_EKN, (E, K, N))
+    check("out_RN", out_RN, (R, N))
+    if R > 0:
+        plan.count_once("down")
+        weights = TensorDescriptor.from_tensor(weights_EKN, [1, BLOCK_K, BLOCK_N], _SWIZZLED_3D.value)
+        straight_kernel[(programs,)](plan.claimed_down, describe(rows_RK, ROWS), weights, out_RN, plan.tiles_X5,
+                                     plan.tile_count, N // 8, K // 8, **LAUNCH)

@@ -112,7 +112,10 @@ def spread_rows_kernel(
 
 class TilePlan(NamedTuple):
     """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), the rows of a tile, and counters, int32, for
-    one call of an up kernel in tiles of 128 rows and one of a down kernel; `counted` names those that have been."""
+    one call of an up kernel in tiles of 128 rows and one of a down kernel; `counted` names those that have been.
+
+    A graph that captures such a call captures plan_tiles too: a replay would find the counters full, and do nothing.
+    """
 
     tiles_X5: torch.Tensor
     tile_count: torch.Tensor

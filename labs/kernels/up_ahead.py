@@ -20,6 +20,7 @@ Costs  rows (R, D) is written and read once. A program waits for the gatherers o
     token_of_row_R  (R,)    sorted row -> token
     tiles_X5        (X, 5)  row tile -> expert, first row, rows in use, first tile and size of its group (tiles.py)
     ready_X         (X,)    row tile -> units of it that lie in rows; zeros at the start (tiles.py)
+    claimed         (1,)    output tiles that programs have taken; zero at the start (tiles.py)
     begun           (1,)    output tiles whose rows were ready; zero at the start (tiles.py)
 
 Determinism: an output element is one accumulator's sum in one order. The counters order work.
@@ -45,7 +46,7 @@ from labs.kernels.grouped_gemm import (
     up_operands,
     walk_tiles,
 )
-from labs.kernels.grouped_gemm import _BLOCK_N, _FIELDS, _LEAD
+from labs.kernels.grouped_gemm import _FIELDS, _LEAD
 from labs.kernels.tiles import TilePlan, check
 
 from triton.experimental import gluon  # after common.level, which the above import
@@ -143,13 +144,13 @@ def produce(rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, claimed_ptr, we
         fence_async_global(1)
         gl.atomic_add(begun_ptr, 1, sem="relaxed", scope="gpu")
         tell(ring, stage, phase, row, used, column, 0, 1)
-        weight_row = expert * weight_rows + column * _BLOCK_N
-        stage, phase = load_steps(rows_desc, gate_up_desc, row, used, column, weight_row, 0, early, stage, phase, ring)
+        stage, phase = load_steps(rows_desc, gate_up_desc, row, used, expert, column, weight_rows, 0, early, stage,
+                                  phase, ring)
         after = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 1), total, column_tiles)
-        stage, phase = load_steps(rows_desc, gate_up_desc, row, used, column, weight_row, early, k_steps, stage, phase,
-                                  ring)
+        stage, phase = load_steps(rows_desc, gate_up_desc, row, used, expert, column, weight_rows, early, k_steps,
+                                  stage, phase, ring)
         expert, row, used, column, row_tile = after
-    tell_end(ring, stage, phase)
+    tell_end(ring, stage, phase, 1)
 
 
 @gluon.jit(do_not_specialize=["D8", "F8"])
@@ -192,9 +193,9 @@ def up_ahead(
 ) -> None:
     """hidden_RF = SwiGLU of the rows' tokens through their experts' interleaved gate_up_E2FD.
 
-    All bf16 and contiguous but token_of_row_R (R,) int32; a plan in tiles of 128 rows that no other call has used;
-    programs: the GPU's SMs. Takes R * D values of memory while it runs. Raises ValueError for other shapes, dtypes or
-    plans, and unless D and F are multiples of 8.
+    All bf16 and contiguous but token_of_row_R (R,) int32; a plan in tiles of 128 rows that no other up projection has
+    used; programs: the GPU's SMs. Takes R * D values of memory while it runs. Raises ValueError for other shapes,
+    dtypes or plans, and unless D and F are multiples of 8.
     """
     R = token_of_row_R.numel()
     check("token_of_row_R", token_of_row_R, (R,), torch.int32)

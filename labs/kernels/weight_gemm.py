@@ -36,6 +36,7 @@ import torch
 
 from labs.kernels.grouped_gemm import (
     _ACC,
+    _ACC_QUARTER,
     _BLOCK_N,
     _GATHER,
     _ROW_BYTES,
@@ -44,6 +45,7 @@ from labs.kernels.grouped_gemm import (
     _WEIGHT_BYTES,
     BLOCK_N,
     LAUNCH,
+    halves,
     next_stage,
     open_barriers,
     store_rows,
@@ -73,7 +75,6 @@ WIDE_STAGES = 4
 
 _M_HALF = gl.constexpr(BLOCK_M // 2)
 _ROWS = gl.constexpr(ROWS)
-_ACC_QUARTER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 4, 16]))
 _NARROW_STAGES = gl.constexpr(NARROW_STAGES)
 _WIDE_STAGES = gl.constexpr(WIDE_STAGES)
 
@@ -210,14 +211,6 @@ def multiply(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, r
 
 
 @gluon.jit
-def halves(tile):
-    """The left and the right half of a tile's columns: they lie in the same threads."""
-    M: gl.constexpr = tile.shape[0]
-    N: gl.constexpr = tile.shape[1]
-    return tile.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
-
-
-@gluon.jit
 def add_rows(out_ptr, values, row, column, width, end):
     """Add those of 64 rows of float32 before `end` to what is there, a quarter of the columns after the other: more
     would not fit into registers. Four threads share 32 bytes, a whole sector."""
@@ -258,7 +251,7 @@ def consume(out_ptr, G8, S8, offsets_ptr, walk, rings, WG: gl.constexpr, WIDE: g
             if ACCUMULATE:
                 add_rows(matrix, acc, row, n * _BLOCK_N, width, rows)
             else:
-                store_rows(matrix, acc.to(gl.bfloat16), row, n * _BLOCK_N, width, rows)
+                store_rows(matrix, acc.to(gl.bfloat16), row, n * _BLOCK_N, width, width, rows)
             m += 1
         expert, first, end, m_first, m_end, n = after
 
