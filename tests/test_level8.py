@@ -115,6 +115,7 @@ def test_operators_pass_pytorchs_own_check(device):
 def test_a_call_without_gradients_imports_no_compiler(tmp_path):
     """An operator's first call would: three of the ten seconds that a first call may take."""
     code = ("import sys, common.level, torch; from labs.kernels import ops; "
+            "torch.set_default_device('cuda' if torch.cuda.is_available() else 'cpu'); "
             "out = ops.spread(torch.ones(2, 8), torch.tensor([[1], [0]], dtype=torch.int32)); "
             "assert out.shape == (2, 8) and 'torch._dynamo' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)

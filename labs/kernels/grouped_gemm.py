@@ -645,8 +645,8 @@ def down(
     All bf16 and contiguous; a plan in tiles of 128 rows that no other down projection has used; programs: the GPU's
     SMs. Raises ValueError for other shapes, dtypes or plans, and unless D and F are multiples of 8.
     """
-    operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
-    if hidden_RF.shape[0] > 0:
+    if hidden_RF.shape[0] > 0:  # TMA describes no empty matrix
+        operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
         plan.count_once("down")
         down_kernel[(programs,)](plan.claimed_down, *operands, **LAUNCH)
 

@@ -10,6 +10,7 @@ Level 8 keeps gate_up a second time, in its own order; level 9's forward would w
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -126,6 +127,7 @@ class GraphedForward:
             for _ in range(2):
                 self.forward(own_x_TD)
         torch.cuda.current_stream(x_TD.device).wait_stream(side)
+        gc.collect()  # a graph of another layer that a cycle keeps, let go in between, would end the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = self.forward(own_x_TD)
