@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels import grouped_gemm, train_gemm
+from labs.kernels import grouped_gemm
 from labs.kernels.backward_loop import (
     blocks,
     describe,
@@ -241,9 +241,7 @@ def up(
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     h_R2F, hidden_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     rows = rows_of_tokens(x_TD, token_of_row_R, F, tile)
-    if R > 0 and has_warp_roles(tile, x_TD.dtype):
-        train_gemm.up(rows, rows is x_TD, token_of_row_R, gate_up_E2FD, plan, h_R2F, hidden_RF, sm_count(x_TD.device))
-    elif R > 0:
+    if R > 0:
         weights = describe(gate_up_E2FD.view(2 * E, F, D), [2, tile.block_N // 2, tile.block_K], tile)
         grid = programs(len(plan.tiles_X5) * triton.cdiv(2 * F, tile.block_N), x_TD.device)
         up_kernel[(grid,)](
@@ -305,10 +303,7 @@ def hidden_grad(
     dh_R2F, scaled_RF = torch.empty_like(h_R2F), h_R2F.new_empty(R, F)
     d_scores_XR = torch.empty(triton.cdiv(F, tile.block_N), R, dtype=torch.float32, device=h_R2F.device)
     rows = rows_of_tokens(grad_out_TD, token_of_row_R, F, tile)
-    if R > 0 and has_warp_roles(tile, h_R2F.dtype):
-        train_gemm.hidden_grad(rows, rows is grad_out_TD, token_of_row_R, score_of_row_R, down_EDF, h_R2F, plan, dh_R2F,
-                               scaled_RF, d_scores_XR, sm_count(h_R2F.device))
-    elif R > 0:
+    if R > 0:
         weights = describe(down_EDF, [1, tile.block_K, tile.block_N], tile)
         grid = programs(len(plan.tiles_X5) * len(d_scores_XR), h_R2F.device)
         hidden_grad_kernel[(grid,)](
