@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels import grouped_gemm
+from labs.kernels import grouped_gemm, train_gemm
 from labs.kernels.backward_loop import (
     blocks,
     describe,
@@ -218,9 +218,13 @@ def rows_of_tokens(x_TD: torch.Tensor, token_of_row_R: torch.Tensor, F: int, til
     return x_TD.index_select(0, token_of_row_R) if tile.tma and F >= COPY_FROM else x_TD
 
 
-def has_warp_roles(tile: PlainTile, dtype: torch.dtype) -> bool:
-    """Whether there are kernels with warp roles, which are faster."""
-    return tile.tma and dtype == torch.bfloat16
+LEAST_OPERATIONS = 5e10  # of a GEMM, some 80 us, from which its kernel with warp roles saves more than its launch costs
+
+
+def has_warp_roles(tile: PlainTile, weights: torch.Tensor, R: int) -> bool:
+    """Whether R rows through (E, N, K) weights have a kernel with warp roles, and enough to do for it."""
+    _, N, K = weights.shape
+    return tile.tma and weights.dtype == torch.bfloat16 and 2 * R * N * K >= LEAST_OPERATIONS
 
 
 def up(
@@ -241,7 +245,9 @@ def up(
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     h_R2F, hidden_RF = x_TD.new_empty(R, 2 * F), x_TD.new_empty(R, F)
     rows = rows_of_tokens(x_TD, token_of_row_R, F, tile)
-    if R > 0:
+    if R > 0 and has_warp_roles(tile, gate_up_E2FD, R):
+        train_gemm.up(rows, rows is x_TD, token_of_row_R, gate_up_E2FD, plan, h_R2F, hidden_RF, sm_count(x_TD.device))
+    elif R > 0:
         weights = describe(gate_up_E2FD.view(2 * E, F, D), [2, tile.block_N // 2, tile.block_K], tile)
         grid = programs(len(plan.tiles_X5) * triton.cdiv(2 * F, tile.block_N), x_TD.device)
         up_kernel[(grid,)](
@@ -268,7 +274,7 @@ def multiply_rows(
     check("weights", weights, tuple(weights.shape), rows_RK.dtype)
     check("offsets_E1", offsets_E1, (E + 1,), torch.int32)
     out_RN = rows_RK.new_empty(R, N)
-    if has_warp_roles(tile, rows_RK.dtype):
+    if has_warp_roles(tile, weights, R):
         multiply = grouped_gemm.down if transposed else grouped_gemm.straight
         multiply(rows_RK, weights, plan, out_RN, sm_count(rows_RK.device))
     elif R > 0:
@@ -303,7 +309,10 @@ def hidden_grad(
     dh_R2F, scaled_RF = torch.empty_like(h_R2F), h_R2F.new_empty(R, F)
     d_scores_XR = torch.empty(triton.cdiv(F, tile.block_N), R, dtype=torch.float32, device=h_R2F.device)
     rows = rows_of_tokens(grad_out_TD, token_of_row_R, F, tile)
-    if R > 0:
+    if R > 0 and has_warp_roles(tile, down_EDF, R):
+        train_gemm.hidden_grad(rows, rows is grad_out_TD, token_of_row_R, score_of_row_R, down_EDF, h_R2F, plan, dh_R2F,
+                               scaled_RF, d_scores_XR, sm_count(h_R2F.device))
+    elif R > 0:
         weights = describe(down_EDF, [1, tile.block_K, tile.block_N], tile)
         grid = programs(len(plan.tiles_X5) * len(d_scores_XR), h_R2F.device)
         hidden_grad_kernel[(grid,)](
