@@ -19,7 +19,7 @@ import torch
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import backward_gemm, down_combine, grouped_gemm, plain_gemm, tall_gemm, tiles, up_ahead
+from labs.kernels import backward_gemm, down_combine, grouped_gemm, plain_gemm, roles, tall_gemm, tiles, up_ahead
 from tests.cases import Case
 from tests.machine_code import ROOT, Compiled, Request, compile_all
 
@@ -362,12 +362,12 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
 
 
 def describe(rows: int) -> str:
-    return f"tensordesc<bf16[{rows}, 64],{grouped_gemm._SWIZZLED.value!r}>"
+    return f"tensordesc<bf16[{rows}, 64],{roles._SWIZZLED.value!r}>"
 
 
 def box(*sizes: int) -> str:
     """A descriptor's type of three dimensions."""
-    return f"tensordesc<bf16[{', '.join(map(str, sizes))}],{grouped_gemm._SWIZZLED_3D.value!r}>"
+    return f"tensordesc<bf16[{', '.join(map(str, sizes))}],{roles._SWIZZLED_3D.value!r}>"
 
 
 TABLE = {"tiles_ptr": "*i32", "tile_count_ptr": "*i32", "D8": "i32", "F8": "i32"}
@@ -399,7 +399,7 @@ def request(kernel: str, constants: dict | None = None) -> Request:
                        **KERNELS}[kernel]
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     return Request(f"{kernel} {constants or ''}", f"labs.kernels.{file}", kernel, signature, constants or {}, aligned,
-                   4, 3, options=grouped_gemm.LAUNCH)
+                   4, 3, options=roles.LAUNCH)
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +467,7 @@ def test_machine_code_of_training_is_as_planned(kernel, gathered):
                  **TRAINING[kernel]}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     asked = Request(f"{kernel} {gathered}", "labs.kernels.train_gemm", kernel, signature, {"GATHERED": gathered},
-                    aligned, 4, 3, options=grouped_gemm.LAUNCH)
+                    aligned, 4, 3, options=roles.LAUNCH)
     found = compile_all([asked])[asked.name]
     assert found.count("HGMMA") == 2 * 2 * 4
     assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"

@@ -11,7 +11,7 @@ from labs.kernels import weight_gemm
 from labs.kernels.backward_loop import tile_for
 from labs.kernels.backward_sort import sort_rows
 from labs.kernels.backward_weights import weight_grad
-from labs.kernels.grouped_gemm import _SWIZZLED, LAUNCH
+from labs.kernels.roles import _SWIZZLED, LAUNCH
 from tests.machine_code import Request, compile_all
 
 # T tokens, E experts, K top-k, R = T*K rows; G gathered columns, S sorted columns.

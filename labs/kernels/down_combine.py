@@ -9,7 +9,7 @@ Why    The combine waits for memory, the GEMM for the tensor cores: one after th
 How    64 spare threads copy a token's K rows, 512 columns of each, into a ring of their own, some tokens ahead
        (cp.async, no registers), and add them up in float32.
 
-    producer    1 warp          TMA: rows and weights of a stage, as in grouped_gemm.py
+    producer    1 warp          TMA: rows and weights of a stage, as in roles.py
     consumers   2 warpgroups    multiply a tile, store it; at a program's first tile of a later band, arrive
                                 stored[band] for those before
     combiner    2 warps         wait stored[band]; done[band] += 1; wait until all programs have added theirs;
@@ -33,19 +33,19 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.combine import combine
-from labs.kernels.grouped_gemm import (
+from labs.kernels.grouped_gemm import down_operands, store_y
+from labs.kernels.roles import (
     LAUNCH,
-    down_operands,
+    _BLOCK_N,
+    _WARPGROUPS,
     listen,
     multiply_share,
     open_barriers,
     open_ring,
     produce_rows,
-    store_y,
     sync_threads,
     walk_tiles,
 )
-from labs.kernels.grouped_gemm import _BLOCK_N, _WARPGROUPS
 from labs.kernels.launch import require
 from labs.kernels.tiles import BANDS, TilePlan
 
@@ -83,7 +83,7 @@ def leave_bands(stored, first, end):
 
 @gluon.jit
 def consume(y_ptr, D, k_steps, ring, stored, WG: gl.constexpr):
-    """grouped_gemm.py's consume, which says when this program gets no more tiles of a band."""
+    """roles.py's consume, which says when this program gets no more tiles of a band."""
     finish: gl.constexpr = store_y
     stage = 0
     phase = 0

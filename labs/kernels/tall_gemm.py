@@ -34,7 +34,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from labs.kernels.grouped_gemm import (
+from labs.kernels.grouped_gemm import down_operands, store_hidden, store_y, up_operands
+from labs.kernels.roles import (
     _ACC,
     _BLOCK_K,
     _BLOCK_N,
@@ -43,20 +44,15 @@ from labs.kernels.grouped_gemm import (
     _STAGES,
     _WEIGHT_BYTES,
     LAUNCH,
-    ROWS,
-    TilePlan,
     describe,
-    down_operands,
     find_tile,
     find_tile_ahead,
     next_stage,
     open_barriers,
     open_stages,
-    store_hidden,
-    store_y,
-    up_operands,
     walk_tiles,
 )
+from labs.kernels.tiles import ROWS, TilePlan
 
 TILE_ROWS = 192
 GROUP = 16  # row tiles that walk through their expert's weights together

@@ -1,4 +1,4 @@
-"""The two GEMMs of training that do more than multiply, for Hopper, in Triton's Gluon, with grouped_gemm.py's roles.
+"""The two GEMMs of training that do more than multiply, for Hopper, in Triton's Gluon, with the warp roles of roles.py.
 
     up           x --gather--> [gate and up rows of an expert: SwiGLU] --> H (R, 2F), A (R, F)
     hidden_grad  dO --gather--> [down, straight] --> dA'; with H and scores in the epilogue: dH (R, 2F), A' (R, F), dS
@@ -23,19 +23,18 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.grouped_gemm import (
+from labs.kernels.grouped_gemm import _SILU_MUL
+from labs.kernels.roles import (
     _ACC_HALF,
     _ACC_EIGHTH,
     _BLOCK_N,
     _ROWS,
-    _SILU_MUL,
     _SWAPPED_32,
     _SWIZZLED_3D,
     _WIDE_32,
     BLOCK_K,
     BLOCK_N,
     LAUNCH,
-    ROWS,
     consume,
     describe,
     halves,
@@ -45,7 +44,7 @@ from labs.kernels.grouped_gemm import (
     store_rows,
     walk_tiles,
 )
-from labs.kernels.tiles import TilePlan, check
+from labs.kernels.tiles import ROWS, TilePlan, check
 
 from triton.experimental import gluon  # after common.level, which the above import
 from triton.experimental.gluon import language as gl

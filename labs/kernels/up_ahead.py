@@ -10,7 +10,7 @@ How    64 spare threads of each program copy units of 8 rows, in the order in wh
        it by TMA, mostly from L2.
 
     producer    1 warp          wait until ready[row tile] is full, begun += 1; TMA: rows and weights of a stage
-    consumers   2 warpgroups    grouped_gemm.py's
+    consumers   2 warpgroups    roles.py's
     gatherer    2 warps         every grid-th unit: wait until it is wanted soon, copy its 8 rows, ready[row tile] += 1
 
 Costs  rows (R, D) is written and read once. A program waits for the gatherers of all others: every program must be on
@@ -30,24 +30,23 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.grouped_gemm import (
+from labs.kernels.grouped_gemm import store_hidden, up_operands
+from labs.kernels.roles import (
     LAUNCH,
-    ROWS,
+    _FIELDS,
+    _LEAD,
     claim,
     consume,
     describe,
     find_tile_ahead,
     load_steps,
     open_ring,
-    store_hidden,
     sync_threads,
     tell,
     tell_end,
-    up_operands,
     walk_tiles,
 )
-from labs.kernels.grouped_gemm import _FIELDS, _LEAD
-from labs.kernels.tiles import TilePlan, check
+from labs.kernels.tiles import ROWS, TilePlan, check
 
 from triton.experimental import gluon  # after common.level, which the above import
 from triton.experimental.gluon import language as gl
@@ -132,7 +131,7 @@ def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, cop
 
 @gluon.jit
 def produce(rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, claimed_ptr, weight_rows, ring):
-    """grouped_gemm.py's produce_rows, which waits for a tile's rows first."""
+    """roles.py's produce_rows, which waits for a tile's rows first."""
     tiles_ptr, total, column_tiles, k_steps = walk
     early = gl.maximum(k_steps - _LEAD, 0)
     stage = 0

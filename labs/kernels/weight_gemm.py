@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.grouped_gemm import (
+from labs.kernels.roles import (
     _ACC,
     _ACC_QUARTER,
     _BLOCK_N,

@@ -33,9 +33,9 @@ from rich.table import Table
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
 from common.measure import relative_error
 from common.show import number, percent
-from labs.kernels.grouped_gemm import (
+from labs.kernels.grouped_gemm import store_y
+from labs.kernels.roles import (
     BLOCK_N,
-    ROWS,
     claim,
     consume,
     describe,
@@ -45,13 +45,12 @@ from labs.kernels.grouped_gemm import (
     open_ring,
     pass_on,
     produce_rows,
-    store_y,
     tell,
     tell_end,
     walk_tiles,
 )
+from labs.kernels.tiles import ROWS, plan_tiles
 from labs.kernels.routing import sm_count
-from labs.kernels.tiles import plan_tiles
 from labs.studies.study import COLORS, GpuClock, Options, Study, figure, main, plain_table, rate, time_together
 
 import triton

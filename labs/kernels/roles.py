@@ -1,0 +1,431 @@
+"""The warp roles that the Hopper GEMMs share, in Triton's Gluon: tiles of 128x256, one program an SM.
+
+Three parties share a ring of 4 stages, each 128 rows and 256 weight rows by 64 of the inner dimension, 48 KB:
+
+    producer                                      consumers: warpgroups 0 and 1, 64 rows each
+    claim a tile, look it up, tell in stage s     wait full[s], read what tile it is
+    gather: 4 warps, cp.async the rows, TMA the   wait full[s]
+            weights; 128 + 1 arrivals on full[s]  wgmma 64x256x64 from stage s, one left in flight
+    rows:   1 warp, TMA both; 1 arrival           arrive empty[s - 1]: 2 arrivals
+    wait empty[s] before either                   after the last step: the kernel's own `finish`
+
+A program claims its next output tile from a counter that all share. So tiles are begun in their order whatever each
+costs, the row tiles of a group meet in L2 over the weights they share, and no program is done long before the others.
+So an expert's last tile may cost what it holds: of 64 rows or fewer only one warpgroup multiplies, which one the column
+says, and the other passes the stages on.
+
+    index array     shape   from -> to
+    token_of_row_R  (R,)    row -> token
+    tiles_X5        (X, 5)  row tile -> expert, first row, rows in use, first tile and size of its group (tiles.py)
+    claimed         (1,)    output tiles that programs have taken; zero at the start (tiles.py)
+
+Determinism: an output element is one accumulator's sum in one order, whatever the schedule.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from labs.kernels.tiles import FIELDS, ROWS
+
+from triton.experimental import gluon  # after common.level, which tiles imports
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
+# A tensor's suffix is its shape: x_TD is (T, D). In kernels M, N and K are the GEMM tile's axes.
+# Gluon's API as used here and in its neighbours is the same in Triton 3.6 and 3.7.1 but for two things: 3.6 passes a
+# function through warp_specialize only as a constexpr, so a kernel says `finish: gl.constexpr = store_hidden` first;
+# and what waits for a role's other threads has another name.
+
+BLOCK_N = 256  # weight rows of a tile: the widest wgmma, so the fewest reads of shared memory
+BLOCK_K = 64  # 128 bytes, one swizzle row
+
+sync_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+_ROWS = gl.constexpr(ROWS)
+_BLOCK_N = gl.constexpr(BLOCK_N)
+_BLOCK_K = gl.constexpr(BLOCK_K)
+_FIELDS = gl.constexpr(FIELDS)
+_STAGES = gl.constexpr(4)
+_WARPGROUPS = gl.constexpr(2)
+_TILE_ROWS = gl.constexpr(2 * ROWS)
+_LEAD = gl.constexpr(8)  # K steps before a tile's end at which the next one is claimed: its look-up takes some of them
+_ROW_BYTES = gl.constexpr(ROWS * BLOCK_K * 2)
+_WEIGHT_BYTES = gl.constexpr(BLOCK_N * BLOCK_K * 2)
+_SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+_SWIZZLED_3D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
+_ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+_ACC_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16]))
+_ACC_QUARTER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 4, 16]))
+_ACC_EIGHTH = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 8, 16]))
+_FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+_GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 8 threads a row
+
+
+def _store_layouts(columns: int) -> tuple[gl.constexpr, gl.constexpr]:
+    """Layouts of (64, columns) after one and after two swaps between the four threads of an accumulator row.
+
+    A thread of wgmma's accumulator holds pairs of columns 8 apart. Swapping register bit 8 with lane bit 2, and
+    then 16 with 4, leaves it 8 neighbouring columns: one 16-byte store.
+    """
+    high = [[0, 1 << bit] for bit in range(5, columns.bit_length() - 1)]
+
+    def layout(registers: list[list[int]], lanes: list[list[int]]) -> gl.constexpr:
+        registers = [[0, 1], *registers, [8, 0], *high]
+        lanes = [*lanes, [1, 0], [2, 0], [4, 0]]
+        return gl.constexpr(gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns]))
+
+    return layout([[0, 2], [0, 16]], [[0, 8], [0, 4]]), layout([[0, 2], [0, 4]], [[0, 8], [0, 16]])
+
+
+_SWAPPED_32, _WIDE_32 = _store_layouts(32)
+_SWAPPED_128, _WIDE_128 = _store_layouts(128)
+_SWAPPED_256, _WIDE_256 = _store_layouts(256)
+
+
+# ------------------------------------------------------------------------------------------- which tile is next
+@gluon.jit
+def find_tile(tiles_ptr, tile, column_tiles):
+    """Output tile -> (expert, first row, rows in use, column tile, row tile). Row tiles run fastest within a group."""
+    entry = tiles_ptr + tile // column_tiles * _FIELDS
+    group_first = gl.load(entry + 3)
+    group_size = gl.load(entry + 4)
+    local = tile - group_first * column_tiles
+    row_tile = group_first + local % group_size
+    entry = tiles_ptr + row_tile * _FIELDS
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), local // group_size, row_tile
+
+
+@gluon.jit
+def find_tile_ahead(tiles_ptr, tile, total, column_tiles):
+    """find_tile, with no rows past the last tile: its loads then can run ahead of their use."""
+    inside = gl.maximum(gl.minimum(tile, total - 1), 0)
+    expert, row, used, column, row_tile = find_tile(tiles_ptr, inside, column_tiles)
+    return expert, row, gl.where(tile < total, used, 0), column, row_tile
+
+
+@gluon.jit
+def walk_tiles(tiles_ptr, tile_count_ptr, N, K):
+    """What a walk through all output tiles needs: the table, how many tiles there are, column tiles, K steps."""
+    column_tiles = gl.cdiv(N, _BLOCK_N)
+    return tiles_ptr, gl.load(tile_count_ptr) * column_tiles, column_tiles, gl.cdiv(K, _BLOCK_K)
+
+
+@gluon.jit
+def find_band_tile(walk, band_tiles, tile):
+    """find_tile_ahead, through bands of band_tiles column tiles in turn; the band in place of the row tile."""
+    tiles_ptr, total, column_tiles, _ = walk
+    band_size = gl.maximum(total // column_tiles * band_tiles, 1)
+    inside = gl.maximum(gl.minimum(tile, total - 1), 0)
+    band = inside // band_size
+    first_column = band * band_tiles
+    width = gl.minimum(column_tiles - first_column, band_tiles)
+    expert, row, used, column, _ = find_tile(tiles_ptr, inside - band * band_size, width)
+    return expert, row, gl.where(tile < total, used, 0), first_column + column, band
+
+
+@gluon.jit
+def claim(claimed_ptr, WARPS: gl.constexpr):
+    """The number of the next output tile that no program has; for all threads of a role of WARPS warps.
+
+    One thread counts, a reduction tells the others: the counter as a scalar would go through shared memory.
+    """
+    thread = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    first = thread == 0
+    counted = gl.atomic_add(claimed_ptr + gl.zeros_like(thread), first.to(gl.int32), mask=first, sem="relaxed",
+                            scope="gpu")
+    return gl.sum(gl.where(first, counted, 0), axis=0)
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The ring's next stage; the phase turns over with each round."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+# ------------------------------------------------------------------------------------------------- shared memory
+@gluon.jit
+def open_stages(STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, STRAIGHT: gl.constexpr = False):
+    """The ring's buffers, bf16: rows (STAGES * WARPGROUPS, 64, 64), and weights (STAGES, 256, 64), or (STAGES, 64, 256)
+    where their rows are the inner dimension (STRAIGHT)."""
+    rows = gl.allocate_shared_memory(gl.bfloat16, [STAGES * WARPGROUPS, _ROWS, _BLOCK_K], _SWIZZLED)
+    height: gl.constexpr = _BLOCK_K if STRAIGHT else _BLOCK_N
+    width: gl.constexpr = _BLOCK_N if STRAIGHT else _BLOCK_K
+    weights = gl.allocate_shared_memory(gl.bfloat16, [STAGES, height, width], _SWIZZLED)
+    return rows, weights
+
+
+@gluon.jit
+def open_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers whose phase ends with ARRIVALS arrivals and the bytes that these announced."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def open_ring(FULL_ARRIVALS: gl.constexpr, STRAIGHT: gl.constexpr = False):
+    """Buffers and barriers of the ring that producer and consumers share, and what tile a stage is the first of."""
+    rows, weights = open_stages(_STAGES, _WARPGROUPS, STRAIGHT)
+    told = gl.allocate_shared_memory(gl.int32, [_STAGES, 4], _FLAT)
+    full = open_barriers(_STAGES, FULL_ARRIVALS)
+    empty = open_barriers(_STAGES, _WARPGROUPS)
+    fence_async_shared()  # TMA, another proxy than the one that wrote them, is to see the barriers set up
+    return rows, weights, told, full, empty
+
+
+@gluon.jit
+def tell(ring, stage, phase, row, used, column, band, WARPS: gl.constexpr):
+    """Wait until the stage is free, then say what tile starts there: first row, rows in use, column tile, band."""
+    _rows, _weights, told, _full, empty = ring
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    i = gl.arange(0, 4, layout=gl.BlockedLayout([4], [32], [WARPS], [0]))
+    fields = gl.where(i == 0, row, gl.where(i == 1, used, gl.where(i == 2, column, band)))
+    told.index(stage).store(fields)
+
+
+@gluon.jit
+def listen(ring, stage, phase):
+    """Wait for the stage and return what `tell` said, to all threads of a warpgroup."""
+    _rows, _weights, told, full, _empty = ring
+    mbarrier.wait(full.index(stage), phase)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    i = gl.arange(0, 4, layout=layout)
+    fields = told.index(stage).load(layout)
+    return (gl.sum(gl.where(i == 0, fields, 0), axis=0), gl.sum(gl.where(i == 1, fields, 0), axis=0),
+            gl.sum(gl.where(i == 2, fields, 0), axis=0), gl.sum(gl.where(i == 3, fields, 0), axis=0))
+
+
+# ----------------------------------------------------------------------------------------------------- producers
+@gluon.jit
+def load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage):
+    """A stage's weights by TMA, as the descriptor's box says, zeros past their edges.
+
+    [256, 64]: of (experts * weight_rows, K), to be multiplied transposed. [1, 64, 256]: of (experts, K, N), straight.
+    [2, 128, 64]: of (2 * experts, F, K), 128 gate rows and the up rows of the same columns of F, transposed.
+    """
+    box: gl.constexpr = weights_desc.block_type.shape
+    if len(box) == 2:
+        tma.async_copy_global_to_shared(weights_desc, [expert * weight_rows + column * _BLOCK_N, k * _BLOCK_K], bar,
+                                        weights.index(stage))
+    else:
+        stage_of_box = weights.index(stage)._reinterpret(gl.bfloat16, box, _SWIZZLED_3D)
+        if box[0] == 1:
+            tma.async_copy_global_to_shared(weights_desc, [expert, k * _BLOCK_K, column * _BLOCK_N], bar, stage_of_box)
+        else:
+            tma.async_copy_global_to_shared(weights_desc, [2 * expert, column * (_BLOCK_N // 2), k * _BLOCK_K], bar,
+                                            stage_of_box)
+
+
+@gluon.jit
+def load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, first_k, end_k, stage, phase, ring):
+    """K steps of an output tile by TMA: the weights, and 64 contiguous rows for each warpgroup that works."""
+    rows, weights, _told, full, empty = ring
+    whole = used > _ROWS
+    first = gl.where(whole, 0, column % 2)  # the warpgroup that multiplies the first 64 rows
+    for k in range(first_k, end_k):
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(bar, _WEIGHT_BYTES + _WARPGROUPS * _ROW_BYTES, pred=whole)
+        mbarrier.expect(bar, _WEIGHT_BYTES + _ROW_BYTES, pred=used <= _ROWS)
+        load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage)
+        tma.async_copy_global_to_shared(rows_desc, [row, k * _BLOCK_K], bar, rows.index(stage * _WARPGROUPS + first))
+        tma.async_copy_global_to_shared(rows_desc, [row + _ROWS, k * _BLOCK_K], bar,
+                                        rows.index(stage * _WARPGROUPS + 1), pred=whole)
+        stage, phase = next_stage(stage, phase, _STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def tell_end(ring, stage, phase, WARPS: gl.constexpr):
+    """No more tiles."""
+    _rows, _weights, _told, full, _empty = ring
+    tell(ring, stage, phase, 0, 0, 0, 0, WARPS)
+    mbarrier.arrive(full.index(stage))
+
+
+@gluon.jit
+def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_rows, ring):
+    """One warp fills the ring by TMA, band by band. weight_rows: of an expert."""
+    k_steps = walk[3]
+    early = gl.maximum(k_steps - _LEAD, 0)
+    stage = 0
+    phase = 0
+    expert, row, used, column, band = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
+    while used > 0:
+        tell(ring, stage, phase, row, used, column, band, 1)
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 0, early, stage,
+                                  phase, ring)
+        after = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, early, k_steps,
+                                  stage, phase, ring)
+        expert, row, used, column, band = after
+    tell_end(ring, stage, phase, 1)
+
+
+@gluon.jit
+def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring):
+    """Four warps fill the ring: rows of x by cp.async through token_of_row, zeros past the expert's end, and weights by
+    TMA."""
+    tiles_ptr, total, column_tiles, k_steps = walk
+    rows, weights, _told, full, empty = ring
+    rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
+    early = gl.maximum(k_steps - _LEAD, 0)
+    D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
+    r = gl.arange(0, _TILE_ROWS, layout=gl.SliceLayout(1, _GATHER))
+    c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _GATHER))
+    stage = 0
+    phase = 0
+    expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
+    while used > 0:
+        tell(ring, stage, phase, row, used, column, 0, 4)
+        place = r - gl.where(used > _ROWS, 0, column % 2 * _ROWS)  # a half tile lies with the warpgroup that works
+        inside = (place >= 0) & (place < used)
+        token = gl.load(token_of_row_ptr + row + place, mask=inside, other=0)
+        source = x_ptr + (token.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
+        next_expert = 0
+        next_row = 0
+        next_used = 0
+        next_column = 0
+        for k in range(k_steps):
+            if k == early:
+                after = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
+                next_expert = after[0]
+                next_row = after[1]
+                next_used = after[2]
+                next_column = after[3]
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(bar, _WEIGHT_BYTES)
+            load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage)
+            async_copy.async_copy_global_to_shared(rows.index(stage), source,
+                                                   inside[:, None] & (k * _BLOCK_K + c < D)[None, :])
+            async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
+            source += _BLOCK_K
+            stage, phase = next_stage(stage, phase, _STAGES)
+        expert = next_expert
+        row = next_row
+        used = next_used
+        column = next_column
+    tell_end(ring, stage, phase, 4)
+    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+# ----------------------------------------------------------------------------------------------------- consumers
+@gluon.jit
+def weights_of(weights, stage):
+    """A stage's weights as wgmma wants them, (64, 256): inner dimension first."""
+    tile = weights.index(stage)
+    if weights.shape[1] != _BLOCK_K:
+        tile = tile.permute((1, 0))
+    return tile
+
+
+@gluon.jit
+def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constexpr):
+    """Warpgroup WG's 64x256 float32 accumulator over all K steps, with one wgmma left in flight between steps."""
+    rows, weights, _told, full, empty = ring
+    acc = gl.zeros([_ROWS, _BLOCK_N], gl.float32, _ACC)
+    previous = 0  # not `= stage`: Triton drops a loop-carried name that starts as another's alias
+    mbarrier.wait(full.index(stage), phase)
+    if GATHERED:
+        fence_async_shared()  # cp.async wrote the rows through the generic proxy, wgmma reads through the other
+    acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights_of(weights, stage), acc, use_acc=False,
+                        is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    previous += stage
+    stage, phase = next_stage(stage, phase, _STAGES)
+    for _ in range(1, k_steps):  # the first step stands outside: with it inside, ptxas serialises the wgmmas
+        mbarrier.wait(full.index(stage), phase)
+        if GATHERED:
+            fence_async_shared()
+        acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights_of(weights, stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index(previous))
+        previous = stage
+        stage, phase = next_stage(stage, phase, _STAGES)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index(previous))
+    return acc, stage, phase
+
+
+@gluon.jit
+def pass_on(ring, stage, phase, k_steps):
+    """All K steps of a tile that is the other warpgroup's alone: take each stage for read as soon as it is full."""
+    _rows, _weights, _told, full, empty = ring
+    for _ in range(k_steps):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = next_stage(stage, phase, _STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def multiply_share(out_ptr, width, row, used, column, k_steps, stage, phase, ring, finish: gl.constexpr,
+                  WG: gl.constexpr, GATHERED: gl.constexpr):
+    """Warpgroup WG's 64 rows of an output tile, multiplied and finished; of a tile of no more, all or nothing."""
+    whole = used > _ROWS
+    if whole | (column % 2 == WG):
+        acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED)
+        finish(out_ptr, width, acc, row + gl.where(whole, WG * _ROWS, 0), column, row + used)
+    else:
+        stage, phase = pass_on(ring, stage, phase, k_steps)
+    return stage, phase
+
+
+@gluon.jit
+def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr):
+    """Warpgroup WG's share of every tile of this program."""
+    stage = 0
+    phase = 0
+    row, used, column, _ = listen(ring, stage, phase)
+    while used > 0:
+        stage, phase = multiply_share(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
+                                     GATHERED)
+        row, used, column, _ = listen(ring, stage, phase)
+
+
+# ----------------------------------------------------------------------------------------------------- epilogues
+@gluon.jit
+def halves(tile):
+    """The left and the right half of a tile's columns: they lie in the same threads."""
+    M: gl.constexpr = tile.shape[0]
+    N: gl.constexpr = tile.shape[1]
+    return tile.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def store_rows(out_ptr, values, row, column, width, stride, end):
+    """Store those of 64 rows of bf16 before `end`, and of their columns before `width`, 16 bytes a thread: no shared
+    memory, no wait, no fence."""
+    N: gl.constexpr = values.shape[1]
+    swapped: gl.constexpr = _SWAPPED_256 if N == 256 else _SWAPPED_128 if N == 128 else _SWAPPED_32
+    wide: gl.constexpr = _WIDE_256 if N == 256 else _WIDE_128 if N == 128 else _WIDE_32
+    values = gl.convert_layout(values, swapped)
+    # A no-op that keeps the two swaps apart: one is done by shuffles, two at once would go through shared memory.
+    values = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2)
+    values = gl.convert_layout(values, wide)
+    r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, wide))
+    c = column + gl.arange(0, N, layout=gl.SliceLayout(0, wide))
+    pointers = out_ptr + (r.to(gl.int64) * stride)[:, None] + c[None, :]  # R * stride passes 2**31 at real sizes
+    gl.store(pointers, values, mask=(r < end)[:, None] & (c < width)[None, :])
+
+
+# -------------------------------------------------------------------------------------------------------- launch
+LAUNCH = {"num_warps": 4, "maxnreg": 168}  # 12 warps in all: 65536 registers / 384 threads, in steps of 8
+
+
+def describe(matrix: torch.Tensor, block_rows: int) -> TensorDescriptor:
+    """A TMA descriptor of a (rows, columns) bf16 matrix in boxes of block_rows x 64."""
+    return TensorDescriptor.from_tensor(matrix, [block_rows, BLOCK_K], _SWIZZLED.value)
