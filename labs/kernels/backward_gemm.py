@@ -1,5 +1,6 @@
 """Grouped GEMMs over the rows of a SwiGLU mixture that trains: forward, and the backward down to dX. Plain Triton, for
-all but bf16 on Hopper: there train_gemm.py does what [up] and [hidden_grad] are below, grouped_gemm.py what [rows] is.
+all but bf16 on Hopper: there, unless a GEMM is small, train_gemm.py does what [up] and [hidden_grad] are below, and
+grouped_gemm.py what [rows] is.
 
     forward    x --gather--> [up: SwiGLU] --> H, A          A (R, F) --> [rows] --> y (R, D)
     backward   dO --gather--> [hidden_grad] --> dH, A', dS  dH (R, 2F) --> [rows] --> dX~ (R, D)
