@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
-import itertools
 import os
 import random
 import subprocess
@@ -43,10 +42,13 @@ def offsets(counts: list[int]) -> torch.Tensor:
     return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
 
 
-def slow_plan(offsets_E1: list[int], tile_rows: int, group: int) -> list[list[int]]:
-    """The table of row tiles by its definition, one tile at a time."""
+def slow_plan(
+    offsets_E1: list[int], tile_rows: int, group: int, order_E: list[int] | None = None
+) -> list[list[int]]:
+    """The table of row tiles by its definition, one tile at a time; experts in `order_E` or by their numbers."""
     table: list[list[int]] = []
-    for expert, (start, end) in enumerate(itertools.pairwise(offsets_E1)):
+    for expert in range(len(offsets_E1) - 1) if order_E is None else order_E:
+        start, end = offsets_E1[expert : expert + 2]
         rows = range(start, end, tile_rows)
         groups = -(-len(rows) // group)
         for i in range(groups):
@@ -296,6 +298,15 @@ def test_no_rows_launch_nothing(monkeypatch):
     for part in backward_gemm.hidden_grad(given["rows"], tokens, scores, offsets_E1, given["down"], h, plan, hopper):
         assert part.numel() == 0
     assert plan.counted == []
+
+
+def test_small_gemms_of_training_have_no_warp_roles():
+    """Nor has another dtype, or a GPU without TMA."""
+    hopper, weights = plain_gemm.TILES[90], torch.empty(8, 512, 1024, dtype=torch.bfloat16, device="meta")
+    assert not backward_gemm.has_warp_roles(hopper, weights, 16384)
+    assert backward_gemm.has_warp_roles(hopper, weights, 1 << 20)
+    assert not backward_gemm.has_warp_roles(hopper, weights.half(), 1 << 20)
+    assert not backward_gemm.has_warp_roles(plain_gemm.TILES[80], weights, 1 << 20)
 
 
 def test_tall_kernels_refuse_a_short_inner_dimension():

@@ -19,6 +19,7 @@ from common.model import make_weights
 from labs.kernels import tile_orders
 from labs.kernels.tiles import plan_tiles
 from labs.studies import study
+from tests.test_kernels_gemm import slow_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANDOM = random.Random(0)
@@ -38,20 +39,6 @@ def offsets(counts: list[int]) -> torch.Tensor:
     return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
 
 
-def slow_plan(offsets_E1: list[int], order_E: list[int], tile_rows: int, group: int) -> list[list[int]]:
-    """The table of row tiles in an order of experts by its definition, one tile at a time."""
-    table: list[list[int]] = []
-    for expert in order_E:
-        start, end = offsets_E1[expert : expert + 2]
-        rows = range(start, end, tile_rows)
-        groups = -(-len(rows) // group)
-        for i in range(groups):
-            size = -(-len(rows) // groups)
-            part, first = rows[i * size : (i + 1) * size], len(table)
-            table += [[expert, row, min(tile_rows, end - row), first, len(part)] for row in part]
-    return table
-
-
 # ---- tables
 @pytest.mark.parametrize(("tile_rows", "group"), [(128, 32), (192, 3)])
 @every_counts
@@ -65,7 +52,7 @@ def test_every_order_has_the_table_of_its_definition(counts, tile_rows, group):
         assert (plan.tiles_X5.shape, plan.tiles_X5.dtype, int(plan.tile_count), plan.tile_rows) == (
             plain.tiles_X5.shape, torch.int32, used, tile_rows)
         assert plan.tiles_X5.is_contiguous()
-        assert table == slow_plan(offsets_E1.tolist(), order_E.tolist(), tile_rows, group)
+        assert table == slow_plan(offsets_E1.tolist(), tile_rows, group, order_E.tolist())
         if name in (tile_orders.PLAIN, tile_orders.AGAIN):
             assert table == plain.tiles_X5[:used].tolist()
         covered = sorted((row, expert) for expert, first, rows, *_ in table for row in range(first, first + rows))

@@ -61,6 +61,26 @@ _SIGMOID = gl.constexpr("""{
 }""")
 
 
+@gluon.jit
+def specialize(rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, out, F8, finish: gl.constexpr,
+               GATHERED: gl.constexpr, STRAIGHT: gl.constexpr):
+    """Two consumers, and the producer that gathers, or the one that reads rows in their order."""
+    if GATHERED:
+        ring = open_ring(128 + 1, STRAIGHT)
+        gl.warp_specialize([
+            (consume, (out, F8, walk[3], ring, finish, 0, True)),
+            (consume, (out, F8, walk[3], ring, finish, 1, True)),
+            (produce_gathered, (rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring)),
+        ], [4, 4], [216, 72])
+    else:
+        ring = open_ring(1, STRAIGHT)
+        gl.warp_specialize([
+            (consume, (out, F8, walk[3], ring, finish, 0, False)),
+            (consume, (out, F8, walk[3], ring, finish, 1, False)),
+            (produce_rows, (rows, weights_desc, walk, walk[2], claimed_ptr, weight_rows, ring)),
+        ], [4, 1], [232, 24])
+
+
 # ----------------------------------------------------------------------------------------------------------- up
 @gluon.jit
 def store_up(out, F, acc, row, column_tile, end):
@@ -98,20 +118,7 @@ def train_up_kernel(
     finish: gl.constexpr = store_up
     out = h_ptr, hidden_ptr
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
-    if GATHERED:
-        ring = open_ring(128 + 1)
-        gl.warp_specialize([
-            (consume, (out, F8, walk[3], ring, finish, 0, True)),
-            (consume, (out, F8, walk[3], ring, finish, 1, True)),
-            (produce_gathered, (rows, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, ring)),
-        ], [4, 4], [216, 72])
-    else:
-        ring = open_ring(1)
-        gl.warp_specialize([
-            (consume, (out, F8, walk[3], ring, finish, 0, False)),
-            (consume, (out, F8, walk[3], ring, finish, 1, False)),
-            (produce_rows, (rows, gate_up_desc, walk, walk[2], claimed_ptr, F8 * 16, ring)),
-        ], [4, 1], [232, 24])
+    specialize(rows, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, out, F8, finish, GATHERED, False)
 
 
 # -------------------------------------------------------------------------------------------------- hidden_grad
@@ -194,20 +201,7 @@ def hidden_grad_kernel(
     finish: gl.constexpr = store_hidden_grad
     out = score_of_row_ptr, h_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 8, D8 * 8)
-    if GATHERED:
-        ring = open_ring(128 + 1, True)
-        gl.warp_specialize([
-            (consume, (out, F8, walk[3], ring, finish, 0, True)),
-            (consume, (out, F8, walk[3], ring, finish, 1, True)),
-            (produce_gathered, (rows, token_of_row_ptr, D8, down_desc, walk, claimed_ptr, D8 * 8, ring)),
-        ], [4, 4], [216, 72])
-    else:
-        ring = open_ring(1, True)
-        gl.warp_specialize([
-            (consume, (out, F8, walk[3], ring, finish, 0, False)),
-            (consume, (out, F8, walk[3], ring, finish, 1, False)),
-            (produce_rows, (rows, down_desc, walk, walk[2], claimed_ptr, D8 * 8, ring)),
-        ], [4, 1], [232, 24])
+    specialize(rows, token_of_row_ptr, D8, down_desc, walk, claimed_ptr, D8 * 8, out, F8, finish, GATHERED, True)
 
 
 # ----------------------------------------------------------------------------------------------------- launchers
