@@ -1,4 +1,5 @@
-"""Level 8's kernels on small shapes, for compute-sanitizer, which finds reads and writes outside what was allocated.
+"""The kernels of level 8 and of training on small shapes, for compute-sanitizer: it finds reads and writes outside what
+was allocated.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 3 python tests/sanitize.py
 
@@ -18,12 +19,13 @@ from common.config import Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle
 from labs import level8_tma_overlap as level8
-from labs.kernels import down_combine
+from labs.kernels import backward_gemm, down_combine
 from labs.kernels.choice import Choice
 from labs.kernels.plain_gemm import TILES
 from labs.kernels.rounding import plan_rounding
 from labs.kernels.routing import new_arrivals
 from tests.cases import Case
+from tests.test_backward import Problem, bound
 
 CHOICES = (Choice("few_rows"), Choice("gather"), Choice("ahead"), Choice("spread"), Choice("tall", 16),
            Choice("pipelined", 8, TILES[90]))
@@ -32,8 +34,8 @@ CASES = (Case("odd", T=77, D=264, F=200, E=7, K=3), Case("one token", T=1, D=264
          Case("several bands", T=290, D=1288, F=200, E=6, K=3), Case("many tokens", T=1031, D=264, F=200, E=6, K=2))
 
 
-def main() -> None:
-    """Every choice on every case, gated; exits 1 if one is wrong."""
+def forward() -> None:
+    """Level 8: every choice on every case, gated; exits 1 if one is wrong."""
     down_combine.LEAST_ROWS = down_combine.LEAST_MEAN_ROWS = 0  # so that few rows reach it
     for case in CASES:
         cfg, workload = case.config, Workload(case.config, case.T, torch.bfloat16, case.routing)
@@ -53,5 +55,19 @@ def main() -> None:
     print("rounded: ran")
 
 
+def training() -> None:
+    """Forward and backward on every case, rows gathered by the loads and copied before; exits 1 if one is wrong."""
+    backward_gemm.LEAST_OPERATIONS = 0  # or no case had enough to do for warp roles
+    for case in CASES:
+        problem = Problem(case, torch.bfloat16, torch.device("cuda"))
+        for backward_gemm.COPY_FROM in (0, 2**30):
+            errors = problem.errors(problem.run())
+            ok = max(errors.values()) <= bound(torch.bfloat16)
+            print(f"{case}: training, copied from F = {backward_gemm.COPY_FROM}: {'ok' if ok else errors}", flush=True)
+            if not ok:
+                raise SystemExit(1)
+
+
 if __name__ == "__main__":
-    main()
+    forward()
+    training()
