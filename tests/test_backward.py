@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import Workload
 from common.measure import relative_error
@@ -424,8 +425,39 @@ def operands(problem: Problem, ragged: bool) -> tuple:
 def test_the_operators_are_registered_as_pytorch_wants_it(ragged, device):
     problem = Problem(Case("tiny", T=9, D=16, F=16, E=3, K=2), DTYPES[0], device)
     for_up, for_down = operands(problem, ragged)
-    torch.library.opcheck(backward.train_up, for_up)
-    torch.library.opcheck(backward.train_down, for_down)
+    torch.library.opcheck(backward.train_up.operator, for_up)
+    torch.library.opcheck(backward.train_down.operator, for_down)
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that are called, as selective checkpointing would to choose among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_operators_and_gets_the_same_bits(device):
+    problem = Problem(Case("tiny", T=19, D=32, F=16, E=3, K=2), DTYPES[0], device)
+    plain = problem.run()
+    with Seen() as seen:
+        found = problem.run()
+    parts = ("sort_rows", "train_up", "train_down", "train_up_backward", "train_down_backward")
+    assert seen.names >= {f"moe_lab::{part}" for part in parts}
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_a_gradient_of_the_gradients_is_refused(device):
+    problem = Problem(Case("tiny", T=9, D=16, F=16, E=3, K=2), DTYPES[0], device)
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in problem.leaves.items()}
+    out_TD = layer(problem, leaves)
+    x_grad_TD, = torch.autograd.grad(out_TD, leaves["x_TD"], torch.ones_like(out_TD), create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        x_grad_TD.sum().backward()
 
 
 @pytest.mark.parametrize("main", [False, True], ids=["grads", "main_grads"])

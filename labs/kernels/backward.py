@@ -32,6 +32,7 @@ from labs.kernels.backward_sort import sort_rows
 from labs.kernels.backward_weights import spread_scores, sum_score_grads, weight_grad
 from labs.kernels.combine import combine
 from labs.kernels.launch import require_dtype, require_width
+from labs.kernels.operators import differentiable, operator
 from labs.kernels.rounding import Plan, Rounded, combine_rounded
 from labs.kernels.tiles import TilePlan, plan_tiles
 
@@ -100,17 +101,12 @@ def _plan(like: torch.Tensor, offsets_E1: torch.Tensor, R: int) -> tuple[PlainTi
     return tile, plan_tiles(offsets_E1, R, tile.block_M)
 
 
-@torch.library.custom_op("moe_lab::train_up", mutates_args=())
-def train_up(
-    x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor,
-    row_of_entry: torch.Tensor, first_of_token_T1: torch.Tensor | None, main_grad: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pre-activations h_R2F, and hidden_RF, which has no gradient of its own: train_down makes h's of both."""
-    tile, plan = _plan(x_TD, offsets_E1, token_of_row_R.numel())
-    return up(x_TD, token_of_row_R, offsets_E1, gate_up_E2FD, plan, tile)
+def _shaped(like: torch.Tensor, needed: bool) -> torch.Tensor:
+    """A fake gradient."""
+    return like.new_empty(like.shape if needed else 0)
 
 
-@torch.library.custom_op("moe_lab::train_up_backward", mutates_args=("main_grad",))
+@operator("moe_lab::train_up_backward", mutates_args=("main_grad",))
 def train_up_backward(
     dh_R2F: torch.Tensor, x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, offsets_E1: torch.Tensor,
     token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor, first_of_token_T1: torch.Tensor | None,
@@ -132,20 +128,13 @@ def train_up_backward(
     return d_x, d_weights
 
 
-@torch.library.custom_op("moe_lab::train_down", mutates_args=())
-def train_down(
-    h_R2F: torch.Tensor, hidden_RF: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
-    offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
-    first_of_token_T1: torch.Tensor | None, main_grad: torch.Tensor | None,
-) -> torch.Tensor:
-    """out_TD, the tokens' weighted sums of hidden_RF through down_EDF. h_R2F is for the backward, which needs no
-    hidden_RF."""
-    tile, plan = _plan(hidden_RF, offsets_E1, token_of_row_R.numel())
-    y_RD = multiply_rows(hidden_RF, offsets_E1, down_EDF, plan, tile, transposed=True)
-    return _sum_rows(y_RD, scores, offsets_E1, row_of_entry, first_of_token_T1)
+@train_up_backward.operator.register_fake
+def _(dh_R2F, x_TD, gate_up_E2FD, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad, need_x,
+      need_weights):
+    return (_shaped(x_TD, need_x), _shaped(gate_up_E2FD, need_weights and main_grad is None))
 
 
-@torch.library.custom_op("moe_lab::train_down_backward", mutates_args=("main_grad",))
+@operator("moe_lab::train_down_backward", mutates_args=("main_grad",))
 def train_down_backward(
     grad_out_TD: torch.Tensor, h_R2F: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
     offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
@@ -165,37 +154,14 @@ def train_down_backward(
     return dh_R2F, d_weights, d_scores
 
 
-@train_up.register_fake
-def _(x_TD, gate_up_E2FD, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad):
-    R, two_F = token_of_row_R.shape[0], gate_up_E2FD.shape[1]
-    return x_TD.new_empty(R, two_F), x_TD.new_empty(R, two_F // 2)
-
-
-@train_up_backward.register_fake
-def _(dh_R2F, x_TD, gate_up_E2FD, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad, need_x,
-      need_weights):
-    return (_shaped(x_TD, need_x), _shaped(gate_up_E2FD, need_weights and main_grad is None))
-
-
-@train_down.register_fake
-def _(h_R2F, hidden_RF, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad):
-    T = row_of_entry.shape[0] if first_of_token_T1 is None else first_of_token_T1.shape[0] - 1
-    return hidden_RF.new_empty(T, down_EDF.shape[1])
-
-
-@train_down_backward.register_fake
+@train_down_backward.operator.register_fake
 def _(grad_out_TD, h_R2F, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad,
       need_weights):
     return (_shaped(h_R2F, True), _shaped(down_EDF, need_weights and main_grad is None), _shaped(scores, True))
 
 
-def _shaped(like: torch.Tensor, needed: bool) -> torch.Tensor:
-    """A fake gradient."""
-    return like.new_empty(like.shape if needed else 0)
-
-
-# ---- their derivatives. Two operators, so that autograd drops H as soon as dH is there, before dW1 needs memory. Main
-# grads are not saved: another layer or micro-batch may add to them before this backward runs.
+# Two operators with gradients, so that autograd drops H as soon as dH is there, before dW1 needs memory. Main grads are
+# not saved: another layer or micro-batch may add to them before this backward runs.
 def _setup_up(ctx, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.main_grad = inputs
     ctx.save_for_backward(*tensors)
@@ -211,6 +177,22 @@ def _backward_up(ctx, dh_R2F: torch.Tensor | None, _: torch.Tensor | None) -> tu
     return (d_x if need_x else None, d_weights if need_weights and ctx.main_grad is None else None, *(None,) * 5)
 
 
+@differentiable("moe_lab::train_up", _setup_up, _backward_up)
+def train_up(
+    x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor,
+    row_of_entry: torch.Tensor, first_of_token_T1: torch.Tensor | None, main_grad: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pre-activations h_R2F, and hidden_RF, which has no gradient of its own: train_down makes h's of both."""
+    tile, plan = _plan(x_TD, offsets_E1, token_of_row_R.numel())
+    return up(x_TD, token_of_row_R, offsets_E1, gate_up_E2FD, plan, tile)
+
+
+@train_up.operator.register_fake
+def _(x_TD, gate_up_E2FD, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad):
+    R, two_F = token_of_row_R.shape[0], gate_up_E2FD.shape[1]
+    return x_TD.new_empty(R, two_F), x_TD.new_empty(R, two_F // 2)
+
+
 def _setup_down(ctx, inputs: tuple, output: torch.Tensor) -> None:
     h_R2F, _, *tensors, ctx.main_grad = inputs
     ctx.save_for_backward(h_R2F, *tensors)
@@ -224,8 +206,23 @@ def _backward_down(ctx, grad_out_TD: torch.Tensor) -> tuple[torch.Tensor | None,
             d_scores if need_scores else None, *(None,) * 5)
 
 
-train_up.register_autograd(_backward_up, setup_context=_setup_up)
-train_down.register_autograd(_backward_down, setup_context=_setup_down)
+@differentiable("moe_lab::train_down", _setup_down, _backward_down)
+def train_down(
+    h_R2F: torch.Tensor, hidden_RF: torch.Tensor, down_EDF: torch.Tensor, scores: torch.Tensor,
+    offsets_E1: torch.Tensor, token_of_row_R: torch.Tensor, row_of_entry: torch.Tensor,
+    first_of_token_T1: torch.Tensor | None, main_grad: torch.Tensor | None,
+) -> torch.Tensor:
+    """out_TD, the tokens' weighted sums of hidden_RF through down_EDF. h_R2F is for the backward, which needs no
+    hidden_RF."""
+    tile, plan = _plan(hidden_RF, offsets_E1, token_of_row_R.numel())
+    y_RD = multiply_rows(hidden_RF, offsets_E1, down_EDF, plan, tile, transposed=True)
+    return _sum_rows(y_RD, scores, offsets_E1, row_of_entry, first_of_token_T1)
+
+
+@train_down.operator.register_fake
+def _(h_R2F, hidden_RF, down_EDF, scores, offsets_E1, token_of_row_R, row_of_entry, first_of_token_T1, main_grad):
+    T = row_of_entry.shape[0] if first_of_token_T1 is None else first_of_token_T1.shape[0] - 1
+    return hidden_RF.new_empty(T, down_EDF.shape[1])
 
 
 # ---- what a layer calls -------------------------------------------------------------------------------------------

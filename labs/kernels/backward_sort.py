@@ -21,6 +21,8 @@ import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter wh
 import triton
 import triton.language as tl
 
+from labs.kernels.operators import operator
+
 # T tokens, E experts, K top-k, R = T*K routed rows, G groups of tokens.
 
 GROUP = 128  # tokens
@@ -99,7 +101,7 @@ def place_kernel(
         tl.store(token_of_row_ptr + row, slot // TOP_K, mask=inside)
 
 
-@torch.library.custom_op("moe_lab::sort_rows", mutates_args=())
+@operator("moe_lab::sort_rows")
 def sort_rows(expert_ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort the slots by expert, ties in token order: offsets_E1, token_of_row_R, row_of_slot_TK, all int32. No sync.
 
@@ -130,7 +132,7 @@ def sort_rows(expert_ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.
     return offsets_E1, token_of_row_R, row_of_slot_TK
 
 
-@sort_rows.register_fake
+@sort_rows.operator.register_fake
 def _(expert_ids_TK, E):
     T, K = expert_ids_TK.shape
 

@@ -7,14 +7,10 @@
 
 Operators take no tuples: a Choice travels as its fields, `kernels`, `group` and `tile` ([] for none).
 
-Called with plain tensors and without gradients, each is the function itself: an operator's first call imports the whole
-compiler, some 3 s, and every call costs the host more.
+Where nothing traces, each is the function itself (operators.py).
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -23,6 +19,7 @@ from labs.kernels import combine as combining
 from labs.kernels import decode, down_combine, grouped_gemm, plain_gemm, routing, tall_gemm, tiles, up_ahead
 from labs.kernels.choice import Choice
 from labs.kernels.launch import sm_count
+from labs.kernels.operators import operator
 from labs.kernels.plain_gemm import PlainTile
 
 IN_TILES = ("ahead", "gather", "spread")  # of 128 rows and 256 columns
@@ -33,31 +30,6 @@ IN_TILES = ("ahead", "gather", "spread")  # of 128 rows and 256 columns
 def fields(choice: Choice) -> tuple[str, int, list[int]]:
     """A choice as the operators take it."""
     return choice.kernels, choice.group, [int(field) for field in choice.tile] if choice.tile else []
-
-
-def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Callable]:
-    """Register a function as an operator, `.operator`, which is called where it is compiled or traced, or where a
-    gradient is asked for: there is none, and the operator says so."""
-    def register(function: Callable) -> Callable:
-        registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
-
-        @functools.wraps(function)
-        def call(*args):
-            if torch.compiler.is_compiling() or any(not is_plain(arg) for arg in args):
-                return registered(*args)
-            return function(*args)
-
-        call.operator = registered
-        return call
-
-    return register
-
-
-def is_plain(arg: object) -> bool:
-    """Neither a tensor of another class, such as a traced one, nor one whose gradient is wanted."""
-    if not isinstance(arg, Tensor):
-        return True
-    return type(arg) in (Tensor, torch.nn.Parameter) and not (arg.requires_grad and torch.is_grad_enabled())
 
 
 def row_tile(x_TD: Tensor, router_ED: Tensor, K: int, F: int, kernels: str) -> int:

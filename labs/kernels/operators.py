@@ -1,0 +1,69 @@
+"""Functions as registered PyTorch operators where something traces them, and as themselves where nothing does.
+
+    operator         without a gradient
+    differentiable   with one, given as torch.library.register_autograd takes it
+
+An operator's first call imports the whole compiler, some 3 s, and every call costs the host tens of microseconds: small
+batches wait for the host as it is. So a call with plain tensors, outside of torch.compile and of dispatch modes, goes
+straight to the function, or to a torch.autograd.Function of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def is_traced(args: tuple) -> bool:
+    """Whether a call with these arguments is compiled, exported, or seen by a dispatch mode or by a tensor's class, as
+    selective checkpointing, FakeTensor and DTensor do."""
+    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+            or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args))
+
+
+def wants_gradient(args: tuple) -> bool:
+    """Whether autograd would record a call with these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Callable]:
+    """Register a function as an operator, `.operator`, which is called where a call is traced, or where a gradient is
+    asked for: there is none, and the operator says so."""
+    def register(function: Callable) -> Callable:
+        registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
+
+        @functools.wraps(function)
+        def call(*args):
+            return registered(*args) if is_traced(args) or wants_gradient(args) else function(*args)
+
+        call.operator = registered
+        return call
+
+    return register
+
+
+def differentiable(name: str, setup_context: Callable, backward: Callable) -> Callable[[Callable], Callable]:
+    """Register a function as an operator, `.operator`, whose gradients backward(ctx, *output_grads) gives from what
+    setup_context(ctx, inputs, output) has put into ctx. A gradient of the gradients is refused, if what `backward`
+    calls is an `operator`."""
+    def register(function: Callable) -> Callable:
+        registered = torch.library.custom_op(name, function, mutates_args=())
+        registered.register_autograd(backward, setup_context=setup_context)
+        untraced = type(function.__name__, (torch.autograd.Function,), {
+            "forward": staticmethod(function),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+        })
+
+        @functools.wraps(function)
+        def call(*args):
+            return registered(*args) if is_traced(args) else untraced.apply(*args)
+
+        call.operator = registered
+        return call
+
+    return register
