@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.config import Workload
 from common.measure import relative_error
 from common.model import make_inputs, make_weights, route_float64
-from labs.kernels import backward, backward_gemm, backward_loop
+from labs.kernels import backward, backward_gemm, backward_loop, down_combine
 from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
 from tests.cases import CASES, Case
 from tests.machine_code import Request, compile_all
@@ -155,9 +155,14 @@ def test_gradients_of_a_rounded_routing_are_the_oracles(case, mode, device):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("mode", ["exact", "nearest"])
+@pytest.mark.parametrize("beside", [False, True], ids=["sum after", "sum beside"])
 @pytest.mark.parametrize("routing", ["natural", "uniform", "skewed", "one_hot", "sparse"])
-def test_gradients_at_real_tiles(routing, mode, device):
-    """The sizes at which level 8's forward is tested: experts of several tiles, none of them whole."""
+def test_gradients_at_real_tiles(routing, beside, mode, monkeypatch, device):
+    """The sizes at which level 8's forward is tested: experts of several tiles, none of them whole. Top-k's sum beside
+    the down projection or after it."""
+    least = 0 if beside else 2**30
+    monkeypatch.setattr(down_combine, "LEAST_ROWS", least)
+    monkeypatch.setattr(down_combine, "LEAST_MEAN_ROWS", least)
     case = Case("real", T=777, D=520, F=392, E=16, K=4, routing=routing)
     problem = Problem(case, DTYPES[0], device, mode, tile=64)
     assert_right(problem, problem.run(), DTYPES[0])

@@ -466,7 +466,7 @@ def test_machine_code_with_spare_warps_is_as_planned(name):
 
 TRAINING = {
     "train_up_kernel": {"gate_up_desc": box(2, 128, 64), "h_ptr": "*bf16", "hidden_ptr": "*bf16", **TABLE},
-    "hidden_grad_kernel": {"down_desc": box(1, 64, 256), "score_of_row_ptr": "*fp32", "h_ptr": "*bf16",
+    "hidden_grad_kernel": {"down_desc": box(1, 64, 256), "score_of_row_ptr": "*fp32", "h_desc": describe(64),
                            "dh_ptr": "*bf16", "scaled_ptr": "*bf16", "d_scores_ptr": "*fp32", "R": "i32", **TABLE},
 }
 
@@ -486,7 +486,7 @@ def test_machine_code_of_training_is_as_planned(kernel, gathered):
     assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == (8 if gathered else 0)
     # dS is stored by 4 bytes, a row's by one thread in four.
     assert found.count(r"STG") - found.count(r"STG\.E\.128") == (4 if kernel == "hidden_grad_kernel" else 0)
-    assert found.stack_bytes <= 24, "a few values spilled once a tile, no more"
+    assert found.stack_bytes <= 32, "a few values spilled once a tile, no more"
     assert found.count(r"REDG?\.|ATOMG?\.") == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == 4, "claims, no sums"
     assert found.registers == 168
 

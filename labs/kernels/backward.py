@@ -26,12 +26,13 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.backward_gemm import hidden_grad, multiply_rows, up
+from labs.kernels import down_combine
+from labs.kernels.backward_gemm import has_warp_roles, hidden_grad, multiply_rows, up
 from labs.kernels.backward_loop import PlainTile, tile_for
 from labs.kernels.backward_sort import sort_rows
 from labs.kernels.backward_weights import spread_scores, sum_score_grads, weight_grad
 from labs.kernels.combine import combine
-from labs.kernels.launch import require_dtype, require_width
+from labs.kernels.launch import require_dtype, require_width, sm_count
 from labs.kernels.operators import differentiable, operator
 from labs.kernels.rounding import Plan, Rounded, combine_rounded
 from labs.kernels.tiles import TilePlan, plan_tiles
@@ -214,7 +215,11 @@ def train_down(
 ) -> torch.Tensor:
     """out_TD, the tokens' weighted sums of hidden_RF through down_EDF. h_R2F is for the backward, which needs no
     hidden_RF."""
-    tile, plan = _plan(hidden_RF, offsets_E1, token_of_row_R.numel())
+    R, E = token_of_row_R.numel(), down_EDF.shape[0]
+    tile, plan = _plan(hidden_RF, offsets_E1, R)
+    if (first_of_token_T1 is None and has_warp_roles(tile, down_EDF, R)
+            and down_combine.pays(R, E, row_of_entry.shape[1])):
+        return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_entry, scores, sm_count(hidden_RF.device))
     y_RD = multiply_rows(hidden_RF, offsets_E1, down_EDF, plan, tile, transposed=True)
     return _sum_rows(y_RD, scores, offsets_E1, row_of_entry, first_of_token_T1)
 

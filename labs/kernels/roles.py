@@ -256,8 +256,12 @@ def tell_end(ring, stage, phase, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_rows, ring):
-    """One warp fills the ring by TMA, band by band. weight_rows: of an expert."""
+def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_rows, ring,
+                 load_more: gl.constexpr = None, more=None):
+    """One warp fills the ring by TMA, band by band. weight_rows: of an expert.
+
+    load_more(more, row, used, column, stage, phase, ring, False), if given, fills further stages after a tile's last.
+    """
     k_steps = walk[3]
     early = gl.maximum(k_steps - _LEAD, 0)
     stage = 0
@@ -270,14 +274,20 @@ def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_
         after = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, early, k_steps,
                                   stage, phase, ring)
+        if load_more is not None:
+            stage, phase = load_more(more, row, used, column, stage, phase, ring, False)
         expert, row, used, column, band = after
     tell_end(ring, stage, phase, 1)
 
 
 @gluon.jit
-def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring):
+def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring,
+                     load_more: gl.constexpr = None, more=None):
     """Four warps fill the ring: rows of x by cp.async through token_of_row, zeros past the expert's end, and weights by
-    TMA."""
+    TMA.
+
+    load_more(more, row, used, column, stage, phase, ring, True), if given, fills further stages after a tile's last.
+    """
     tiles_ptr, total, column_tiles, k_steps = walk
     rows, weights, _told, full, empty = ring
     rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
@@ -314,6 +324,8 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
             async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
             source += _BLOCK_K
             stage, phase = next_stage(stage, phase, _STAGES)
+        if load_more is not None:
+            stage, phase = load_more(more, row, used, column, stage, phase, ring, True)
         expert = next_expert
         row = next_row
         used = next_used
@@ -373,26 +385,34 @@ def pass_on(ring, stage, phase, k_steps):
 
 @gluon.jit
 def multiply_share(out_ptr, width, row, used, column, k_steps, stage, phase, ring, finish: gl.constexpr,
-                  WG: gl.constexpr, GATHERED: gl.constexpr):
-    """Warpgroup WG's 64 rows of an output tile, multiplied and finished; of a tile of no more, all or nothing."""
+                   WG: gl.constexpr, GATHERED: gl.constexpr, MORE: gl.constexpr = 0):
+    """Warpgroup WG's 64 rows of an output tile, multiplied and finished; of a tile of no more, all or nothing.
+
+    MORE: stages that the producer's load_more fills after a tile's last. `finish` then takes them from the ring.
+    """
     whole = used > _ROWS
     if whole | (column % 2 == WG):
         acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED)
-        finish(out_ptr, width, acc, row + gl.where(whole, WG * _ROWS, 0), column, row + used)
+        first = row + gl.where(whole, WG * _ROWS, 0)
+        if MORE == 0:
+            finish(out_ptr, width, acc, first, column, row + used)
+        else:
+            stage, phase = finish(out_ptr, width, acc, first, column, row + used, stage, phase, ring, WG)
     else:
-        stage, phase = pass_on(ring, stage, phase, k_steps)
+        stage, phase = pass_on(ring, stage, phase, k_steps + MORE)
     return stage, phase
 
 
 @gluon.jit
-def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr):
+def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr,
+            MORE: gl.constexpr = 0):
     """Warpgroup WG's share of every tile of this program."""
     stage = 0
     phase = 0
     row, used, column, _ = listen(ring, stage, phase)
     while used > 0:
         stage, phase = multiply_share(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
-                                     GATHERED)
+                                      GATHERED, MORE)
         row, used, column, _ = listen(ring, stage, phase)
 
 
@@ -406,18 +426,24 @@ def halves(tile):
 
 
 @gluon.jit
-def store_rows(out_ptr, values, row, column, width, stride, end):
-    """Store those of 64 rows of bf16 before `end`, and of their columns before `width`, 16 bytes a thread: no shared
-    memory, no wait, no fence."""
+def widen(values):
+    """A bf16 tile of 64 rows, in the accumulator's layout, with 8 neighbouring columns in a thread."""
     N: gl.constexpr = values.shape[1]
     swapped: gl.constexpr = _SWAPPED_256 if N == 256 else _SWAPPED_128 if N == 128 else _SWAPPED_32
     wide: gl.constexpr = _WIDE_256 if N == 256 else _WIDE_128 if N == 128 else _WIDE_32
     values = gl.convert_layout(values, swapped)
     # A no-op that keeps the two swaps apart: one is done by shuffles, two at once would go through shared memory.
     values = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2)
-    values = gl.convert_layout(values, wide)
-    r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, wide))
-    c = column + gl.arange(0, N, layout=gl.SliceLayout(0, wide))
+    return gl.convert_layout(values, wide)
+
+
+@gluon.jit
+def store_rows(out_ptr, values, row, column, width, stride, end):
+    """Store those of 64 rows of bf16 before `end`, and of their columns before `width`, 16 bytes a thread: no shared
+    memory, no wait, no fence."""
+    values = widen(values)
+    r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, values.type.layout))
+    c = column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
     pointers = out_ptr + (r.to(gl.int64) * stride)[:, None] + c[None, :]  # R * stride passes 2**31 at real sizes
     gl.store(pointers, values, mask=(r < end)[:, None] & (c < width)[None, :])
 

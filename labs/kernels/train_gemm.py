@@ -5,10 +5,10 @@
 
 What   backward_gemm.py's up and hidden_grad in bf16: same operands, same results within rounding. It has the formulas.
 Why    There the same warps load, multiply and finish a tile, and hidden_grad's epilogue, which loads 2 and stores 3
-       times R * F values, is time in which no tile is loaded.
+       times R * F values, waits for H with idle tensor cores.
 How    Here a producer loads the next tile meanwhile. Weights stay as they are, gate rows then up rows: a box of three
-       dimensions brings 128 of each, and a thread's accumulator has gate and up of the same columns. H is loaded by 16
-       bytes a thread, an eighth of the columns ahead, and turned into the accumulator's layout as stores turn it back.
+       dimensions brings 128 of each, and a thread's accumulator has gate and up of the same columns. A tile's H comes
+       through the ring, in four stages after the last K step, so that it is there when the epilogue begins.
 
     index array     shape   from -> to
     token_of_row_R  (R,)    row -> token
@@ -25,33 +25,42 @@ import torch
 
 from labs.kernels.grouped_gemm import _SILU_MUL
 from labs.kernels.roles import (
-    _ACC_HALF,
     _ACC_EIGHTH,
+    _ACC_HALF,
     _BLOCK_N,
     _ROWS,
-    _SWAPPED_32,
+    _STAGES,
+    _SWIZZLED,
     _SWIZZLED_3D,
-    _WIDE_32,
+    _WARPGROUPS,
     BLOCK_K,
     BLOCK_N,
     LAUNCH,
     consume,
     describe,
     halves,
+    next_stage,
     open_ring,
     produce_gathered,
     produce_rows,
     store_rows,
+    sync_threads,
     walk_tiles,
+    widen,
 )
 from labs.kernels.tiles import ROWS, TilePlan, check
 
 from triton.experimental import gluon  # after common.level, which the above import
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # T tokens, D model width, F expert width, E experts, R routed rows. In kernels M, N and K are the GEMM tile's axes.
 
+_PARTS = gl.constexpr(4)  # of a tile's columns, in which its H comes
+_PART = gl.constexpr(BLOCK_N // 4)
+_H_BYTES = gl.constexpr(ROWS * BLOCK_N // 4 * 2)  # of gate or up of one warpgroup in a part
 _SIGMOID = gl.constexpr("""{
     .reg .f32 a;
     mul.f32 a, $1, 0fBFB8AA3B;
@@ -62,22 +71,24 @@ _SIGMOID = gl.constexpr("""{
 
 
 @gluon.jit
-def specialize(rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, out, F8, finish: gl.constexpr,
-               GATHERED: gl.constexpr, STRAIGHT: gl.constexpr):
+def specialize(rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, out, F8,
+               finish: gl.constexpr, load_more: gl.constexpr, more, MORE: gl.constexpr, GATHERED: gl.constexpr,
+               STRAIGHT: gl.constexpr):
     """Two consumers, and the producer that gathers, or the one that reads rows in their order."""
     if GATHERED:
         ring = open_ring(128 + 1, STRAIGHT)
         gl.warp_specialize([
-            (consume, (out, F8, walk[3], ring, finish, 0, True)),
-            (consume, (out, F8, walk[3], ring, finish, 1, True)),
-            (produce_gathered, (rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring)),
+            (consume, (out, F8, walk[3], ring, finish, 0, True, MORE)),
+            (consume, (out, F8, walk[3], ring, finish, 1, True, MORE)),
+            (produce_gathered, (rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring,
+                                load_more, more)),
         ], [4, 4], [216, 72])
     else:
         ring = open_ring(1, STRAIGHT)
         gl.warp_specialize([
-            (consume, (out, F8, walk[3], ring, finish, 0, False)),
-            (consume, (out, F8, walk[3], ring, finish, 1, False)),
-            (produce_rows, (rows, weights_desc, walk, walk[2], claimed_ptr, weight_rows, ring)),
+            (consume, (out, F8, walk[3], ring, finish, 0, False, MORE)),
+            (consume, (out, F8, walk[3], ring, finish, 1, False, MORE)),
+            (produce_rows, (rows, weights_desc, walk, walk[2], claimed_ptr, weight_rows, ring, load_more, more)),
         ], [4, 1], [232, 24])
 
 
@@ -116,64 +127,103 @@ def train_up_kernel(
     accumulators.
     """
     finish: gl.constexpr = store_up
-    out = h_ptr, hidden_ptr
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
-    specialize(rows, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, out, F8, finish, GATHERED, False)
+    specialize(rows, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, (h_ptr, hidden_ptr), F8, finish,
+               None, None, 0, GATHERED, False)
 
 
 # -------------------------------------------------------------------------------------------------- hidden_grad
 @gluon.jit
-def load_part(ptr, row, column, width, stride, end):
-    """64 rows of 32 columns of bf16 by 16 bytes a thread, as store_rows stores them; zeros where there are none."""
-    r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _WIDE_32))
-    c = column + gl.arange(0, _BLOCK_N // 8, layout=gl.SliceLayout(0, _WIDE_32))
-    pointers = ptr + (r.to(gl.int64) * stride)[:, None] + c[None, :]
-    return gl.load(pointers, mask=(r < end)[:, None] & (c < width)[None, :], other=0.0)
+def tiles_of_h(ring, stage):
+    """A stage's memory for weights as tiles of H, 64 rows by 64 columns each: gate of warpgroups 0 and 1, then up."""
+    _rows, weights, _told, _full, _empty = ring
+    return weights.index(stage)._reinterpret(gl.bfloat16, [2 * _WARPGROUPS, _ROWS, _PART], _SWIZZLED)
 
 
 @gluon.jit
-def as_accumulator(values):
-    """What load_part loaded, in float32, in the accumulator's layout: store_rows' swaps, backwards."""
-    values = gl.convert_layout(values, _SWAPPED_32)
-    values = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2)
-    return gl.convert_layout(values, _ACC_EIGHTH).to(gl.float32)
+def load_h(h, row, used, column_tile, stage, phase, ring, GATHERED: gl.constexpr):
+    """The tile's H by TMA, 64 columns a stage, after its last K step: it is on its way while the tile is multiplied."""
+    h_desc, F = h
+    _rows, _weights, _told, full, empty = ring
+    whole = used > _ROWS
+    first = gl.where(whole, 0, column_tile % 2)  # the warpgroup that has the first 64 rows
+    for part in range(_PARTS):
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(bar, 2 * _WARPGROUPS * _H_BYTES, pred=whole)
+        mbarrier.expect(bar, 2 * _H_BYTES, pred=used <= _ROWS)
+        tiles = tiles_of_h(ring, stage)
+        column = column_tile * _BLOCK_N + part * _PART
+        tma.async_copy_global_to_shared(h_desc, [row, column], bar, tiles.index(first))
+        tma.async_copy_global_to_shared(h_desc, [row, F + column], bar, tiles.index(_WARPGROUPS + first))
+        tma.async_copy_global_to_shared(h_desc, [row + _ROWS, column], bar, tiles.index(1), pred=whole)
+        tma.async_copy_global_to_shared(h_desc, [row + _ROWS, F + column], bar, tiles.index(_WARPGROUPS + 1),
+                                        pred=whole)
+        if GATHERED:
+            async_copy.mbarrier_arrive(bar, increment_count=False)  # the producer's other arrivals
+        stage, phase = next_stage(stage, phase, _STAGES)
+    return stage, phase
 
 
 @gluon.jit
-def store_hidden_grad(out, F, acc, row, column_tile, end):
+def store_part(out_ptr, values, width, stride, rows):
+    """store_rows from where out_ptr points, with 32-bit offsets: the registers of longer ones are wanted elsewhere."""
+    values = widen(values)
+    r = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, values.type.layout))
+    c = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
+    gl.store(out_ptr + ((r * stride)[:, None] + c[None, :]), values, mask=(r < rows)[:, None] & (c < width)[None, :])
+
+
+@gluon.jit
+def finish_part(dh_ptr, scaled_ptr, F, d_hidden, gate, up, score, width, rows):
+    """64 rows of 32 columns, of which `rows` and `width` are in use: store A' and dH, from dA' (float32) and H; return
+    <dA', A> over them. dh_ptr and scaled_ptr: to the first row and column."""
+    gate = gate.to(gl.float32)
+    up = up.to(gl.float32)
+    sigmoid = gl.inline_asm_elementwise(_SIGMOID, "=f,f", [gate], dtype=gl.float32, is_pure=True, pack=1)
+    silu = gate * sigmoid
+    hidden = silu * up
+    d_score = gl.sum(d_hidden * hidden, axis=1)
+    store_part(scaled_ptr, (hidden * score[:, None]).to(gl.bfloat16), width, F, rows)
+    d_hidden = d_hidden * score[:, None]
+    d_gate = d_hidden * up * (sigmoid + silu - silu * sigmoid)
+    store_part(dh_ptr, d_gate.to(gl.bfloat16), width, 2 * F, rows)
+    store_part(dh_ptr + F, (d_hidden * silu).to(gl.bfloat16), width, 2 * F, rows)
+    return d_score
+
+
+@gluon.jit
+def finish_hidden_grad(out, F, acc, row, column_tile, end, stage, phase, ring, WG: gl.constexpr):
     """Epilogue of hidden_grad, an eighth of the columns after the other: more would not fit into registers.
 
-    H of the next part is on its way before a part is stored: the compiler would not move a load over a store.
+    Columns past F lie in H's up half, or past it: finite, or as they are zeros; their dA' is zero.
     """
-    score_of_row_ptr, h_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R = out
+    score_of_row_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R = out
+    _rows, _weights, _told, full, empty = ring
     column = column_tile * _BLOCK_N
     left, right = halves(acc)
-    left = halves(left)
-    right = halves(right)
-    parts = halves(left[0]) + halves(left[1]) + halves(right[0]) + halves(right[1])
+    quarters = halves(left) + halves(right)
     r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _ACC_EIGHTH))
     score = gl.load(score_of_row_ptr + r, mask=r < end, other=0.0)
     d_score = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, _ACC_EIGHTH))
-    gate_ahead = load_part(h_ptr, row, column, F, 2 * F, end)
-    up_ahead = load_part(h_ptr + F, row, column, F, 2 * F, end)
-    for part in gl.static_range(8):
-        here = column + part * (_BLOCK_N // 8)
-        gate = as_accumulator(gate_ahead)
-        up = as_accumulator(up_ahead)
-        if part < 7:
-            gate_ahead = load_part(h_ptr, row, here + _BLOCK_N // 8, F, 2 * F, end)
-            up_ahead = load_part(h_ptr + F, row, here + _BLOCK_N // 8, F, 2 * F, end)
-        d_hidden = gl.convert_layout(parts[part], _ACC_EIGHTH)
-        sigmoid = gl.inline_asm_elementwise(_SIGMOID, "=f,f", [gate], dtype=gl.float32, is_pure=True, pack=1)
-        silu = gate * sigmoid
-        hidden = silu * up
-        d_score += gl.sum(d_hidden * hidden, axis=1)
-        store_rows(scaled_ptr, (hidden * score[:, None]).to(gl.bfloat16), row, here, F, F, end)
-        d_hidden = d_hidden * score[:, None]
-        d_gate = d_hidden * up * (sigmoid + silu - silu * sigmoid)
-        store_rows(dh_ptr, d_gate.to(gl.bfloat16), row, here, F, 2 * F, end)
-        store_rows(dh_ptr + F, (d_hidden * silu).to(gl.bfloat16), row, here, F, 2 * F, end)
+    dh_ptr += row.to(gl.int64) * 2 * F
+    scaled_ptr += row.to(gl.int64) * F
+    for part in gl.static_range(_PARTS):
+        mbarrier.wait(full.index(stage), phase)
+        tiles = tiles_of_h(ring, stage)
+        d_hidden = halves(quarters[part])
+        for half in gl.static_range(2):
+            gate = tiles.index(WG).slice(half * (_PART // 2), _PART // 2, 1).load(_ACC_EIGHTH)
+            up = tiles.index(_WARPGROUPS + WG).slice(half * (_PART // 2), _PART // 2, 1).load(_ACC_EIGHTH)
+            if half == 1:
+                sync_threads()  # one thread arrives, for all that have read
+                mbarrier.arrive(empty.index(stage))
+            here = column + part * _PART + half * (_PART // 2)
+            d_score += finish_part(dh_ptr + here, scaled_ptr + here, F, gl.convert_layout(d_hidden[half], _ACC_EIGHTH),
+                                   gate, up, score, F - here, end - row)
+        stage, phase = next_stage(stage, phase, _STAGES)
     gl.store(d_scores_ptr + column_tile.to(gl.int64) * R + r, d_score, mask=r < end)
+    return stage, phase
 
 
 @gluon.jit(do_not_specialize=["R", "D8", "F8"])
@@ -183,7 +233,7 @@ def hidden_grad_kernel(
     claimed_ptr,  # (1,) int32, zero
     down_desc,  # (E, D, F) bf16
     score_of_row_ptr,  # (R,) float32
-    h_ptr,  # (R, 2F) bf16
+    h_desc,  # (R, 2F) bf16
     dh_ptr,  # (R, 2F) bf16
     scaled_ptr,  # (R, F) bf16: A' = score * A
     d_scores_ptr,  # (column tiles, R) float32
@@ -198,10 +248,12 @@ def hidden_grad_kernel(
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns of F. Float32 accumulators.
     """
-    finish: gl.constexpr = store_hidden_grad
-    out = score_of_row_ptr, h_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R
+    finish: gl.constexpr = finish_hidden_grad
+    load_more: gl.constexpr = load_h
+    out = score_of_row_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 8, D8 * 8)
-    specialize(rows, token_of_row_ptr, D8, down_desc, walk, claimed_ptr, D8 * 8, out, F8, finish, GATHERED, True)
+    specialize(rows, token_of_row_ptr, D8, down_desc, walk, claimed_ptr, D8 * 8, out, F8, finish, load_more,
+               (h_desc, F8 * 8), _PARTS, GATHERED, True)
 
 
 # ----------------------------------------------------------------------------------------------------- launchers
@@ -240,5 +292,5 @@ def hidden_grad(
     plan.count_once("up")
     down = TensorDescriptor.from_tensor(down_EDF, [1, BLOCK_K, BLOCK_N], _SWIZZLED_3D.value)
     hidden_grad_kernel[(programs,)](
-        readable(rows, gathered), token_of_row_R, plan.claimed_up, down, score_of_row_R, h_R2F,
+        readable(rows, gathered), token_of_row_R, plan.claimed_up, down, score_of_row_R, describe(h_R2F, ROWS),
         dh_R2F, scaled_RF, d_scores_XR, plan.tiles_X5, plan.tile_count, R, D // 8, F // 8, GATHERED=gathered, **LAUNCH)
