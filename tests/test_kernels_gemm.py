@@ -18,7 +18,7 @@ import torch
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import backward_gemm, down_combine, grouped_gemm, plain_gemm, roles, tall_gemm, tiles, up_ahead
+from labs.kernels import backward_gemm, down_combine, grouped_gemm, plain_gemm, roles, tall_gemm, tiles, train_gemm, up_ahead
 from tests.cases import Case
 from tests.machine_code import ROOT, Compiled, Request, compile_all
 
@@ -464,9 +464,10 @@ def test_machine_code_with_spare_warps_is_as_planned(name):
     assert found.shared_bytes <= 227 * 1024
 
 
+H_PART = f"tensordesc<bf16[64, 32],{train_gemm._SWIZZLED_PART.value!r}>"
 TRAINING = {
     "train_up_kernel": {"gate_up_desc": box(2, 128, 64), "h_ptr": "*bf16", "hidden_ptr": "*bf16", **TABLE},
-    "hidden_grad_kernel": {"down_desc": box(1, 64, 256), "score_of_row_ptr": "*fp32", "h_desc": describe(64),
+    "hidden_grad_kernel": {"down_desc": box(1, 64, 256), "score_of_row_ptr": "*fp32", "h_desc": H_PART,
                            "dh_ptr": "*bf16", "scaled_ptr": "*bf16", "d_scores_ptr": "*fp32", "R": "i32", **TABLE},
 }
 
@@ -486,7 +487,7 @@ def test_machine_code_of_training_is_as_planned(kernel, gathered):
     assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == (8 if gathered else 0)
     # dS is stored by 4 bytes, a row's by one thread in four.
     assert found.count(r"STG") - found.count(r"STG\.E\.128") == (4 if kernel == "hidden_grad_kernel" else 0)
-    assert found.stack_bytes <= 32, "a few values spilled once a tile, no more"
+    assert found.stack_bytes <= 40, "a few values spilled once a tile, no more"
     assert found.count(r"REDG?\.|ATOMG?\.") == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == 4, "claims, no sums"
     assert found.registers == 168
 

@@ -25,7 +25,14 @@ from labs.kernels.operators import operator
 
 # T tokens, E experts, K top-k, R = T*K routed rows, G groups of tokens.
 
-GROUP = 128  # tokens
+LONGEST_GROUP = 128  # tokens: of shorter ones, `place` has too many to add up
+
+
+def group_for(T: int, E: int) -> tuple[int, int, int]:
+    """Tokens of a group and of a block, and warps of `rank`: measured on an H200 (LOG.md)."""
+    group = max(32, min(LONGEST_GROUP, triton.next_power_of_2(triton.cdiv(T, LONGEST_GROUP))))
+    block_T = min(group, 32 if E > 64 else 64)
+    return group, block_T, 4 if group == 32 else 8
 
 
 @triton.jit
@@ -122,13 +129,13 @@ def sort_rows(expert_ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.
     offsets_E1, token_of_row_R, row_of_slot_TK = integers(E + 1), integers(T * K), integers(T, K)
     if T * K == 0:
         return offsets_E1.zero_(), token_of_row_R, row_of_slot_TK
-    G, block_E = triton.cdiv(T, GROUP), max(16, triton.next_power_of_2(E))
-    block_T = max(16, min(64, 8192 // block_E))
+    group, block_T, warps = group_for(T, E)
+    G, block_E = triton.cdiv(T, group), max(16, triton.next_power_of_2(E))
     counts_GE = integers(G, block_E)
-    rank_kernel[(G,)](expert_ids_TK, row_of_slot_TK, counts_GE, T, TOP_K=K, GROUP=GROUP, BLOCK_T=block_T,
-                      BLOCK_E=block_E, num_warps=8)
+    rank_kernel[(G,)](expert_ids_TK, row_of_slot_TK, counts_GE, T, TOP_K=K, GROUP=group, BLOCK_T=block_T,
+                      BLOCK_E=block_E, num_warps=warps)
     place_kernel[(G,)](expert_ids_TK, row_of_slot_TK, counts_GE, token_of_row_R, offsets_E1, T * K, E, G, TOP_K=K,
-                       GROUP=GROUP, BLOCK_E=block_E, BLOCK_G=max(4, 8192 // block_E), BLOCK=1024, num_warps=8)
+                       GROUP=group, BLOCK_E=block_E, BLOCK_G=max(4, 8192 // block_E), BLOCK=1024, num_warps=8)
     return offsets_E1, token_of_row_R, row_of_slot_TK
 
 

@@ -53,11 +53,14 @@ def differentiable(name: str, setup_context: Callable, backward: Callable) -> Ca
     def register(function: Callable) -> Callable:
         registered = torch.library.custom_op(name, function, mutates_args=())
         registered.register_autograd(backward, setup_context=setup_context)
-        untraced = type(function.__name__, (torch.autograd.Function,), {
-            "forward": staticmethod(function),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-        })
+
+        def forward(ctx, *args):  # with a setup_context of its own, each call would look the signature up again
+            output = function(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        untraced = type(function.__name__, (torch.autograd.Function,),
+                        {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
         @functools.wraps(function)
         def call(*args):

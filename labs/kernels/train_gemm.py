@@ -30,7 +30,6 @@ from labs.kernels.roles import (
     _BLOCK_N,
     _ROWS,
     _STAGES,
-    _SWIZZLED,
     _SWIZZLED_3D,
     _WARPGROUPS,
     BLOCK_K,
@@ -58,9 +57,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # T tokens, D model width, F expert width, E experts, R routed rows. In kernels M, N and K are the GEMM tile's axes.
 
-_PARTS = gl.constexpr(4)  # of a tile's columns, in which its H comes
-_PART = gl.constexpr(BLOCK_N // 4)
-_H_BYTES = gl.constexpr(ROWS * BLOCK_N // 4 * 2)  # of gate or up of one warpgroup in a part
+PART = BLOCK_N // 8  # columns of a tile that hidden_grad's epilogue finishes at a time
+PARTS_A_STAGE = 2  # whose H, of both warpgroups, fills a stage's memory for weights
+
+_PART = gl.constexpr(PART)
+_PARTS = gl.constexpr(BLOCK_N // PART)
+_H_STAGES = gl.constexpr(BLOCK_N // PART // PARTS_A_STAGE)
+_PARTS_A_STAGE = gl.constexpr(PARTS_A_STAGE)
+_H_BYTES = gl.constexpr(ROWS * PART * PARTS_A_STAGE * 2)  # of one warpgroup's gate, or up, in a stage
+_SWIZZLED_PART = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=2 * PART, element_bitwidth=16, rank=2))
 _SIGMOID = gl.constexpr("""{
     .reg .f32 a;
     mul.f32 a, $1, 0fBFB8AA3B;
@@ -134,31 +139,35 @@ def train_up_kernel(
 
 # -------------------------------------------------------------------------------------------------- hidden_grad
 @gluon.jit
-def tiles_of_h(ring, stage):
-    """A stage's memory for weights as tiles of H, 64 rows by 64 columns each: gate of warpgroups 0 and 1, then up."""
+def parts_of_h(ring, stage):
+    """A stage's memory for weights as parts of H, 64 rows by 32 columns each: of the first 32 columns gate of
+    warpgroups 0 and 1, up of both, then the same of the next 32."""
     _rows, weights, _told, _full, _empty = ring
-    return weights.index(stage)._reinterpret(gl.bfloat16, [2 * _WARPGROUPS, _ROWS, _PART], _SWIZZLED)
+    return weights.index(stage)._reinterpret(gl.bfloat16, [_PARTS_A_STAGE * 2 * _WARPGROUPS, _ROWS, _PART],
+                                             _SWIZZLED_PART)
 
 
 @gluon.jit
 def load_h(h, row, used, column_tile, stage, phase, ring, GATHERED: gl.constexpr):
-    """The tile's H by TMA, 64 columns a stage, after its last K step: it is on its way while the tile is multiplied."""
+    """The tile's H by TMA, in stages after its last K step: it is on its way while the tile is multiplied."""
     h_desc, F = h
     _rows, _weights, _told, full, empty = ring
     whole = used > _ROWS
     first = gl.where(whole, 0, column_tile % 2)  # the warpgroup that has the first 64 rows
-    for part in range(_PARTS):
+    for h_stage in range(_H_STAGES):
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(bar, 2 * _WARPGROUPS * _H_BYTES, pred=whole)
         mbarrier.expect(bar, 2 * _H_BYTES, pred=used <= _ROWS)
-        tiles = tiles_of_h(ring, stage)
-        column = column_tile * _BLOCK_N + part * _PART
-        tma.async_copy_global_to_shared(h_desc, [row, column], bar, tiles.index(first))
-        tma.async_copy_global_to_shared(h_desc, [row, F + column], bar, tiles.index(_WARPGROUPS + first))
-        tma.async_copy_global_to_shared(h_desc, [row + _ROWS, column], bar, tiles.index(1), pred=whole)
-        tma.async_copy_global_to_shared(h_desc, [row + _ROWS, F + column], bar, tiles.index(_WARPGROUPS + 1),
-                                        pred=whole)
+        parts = parts_of_h(ring, stage)
+        for part in gl.static_range(_PARTS_A_STAGE):
+            column = column_tile * _BLOCK_N + (h_stage * _PARTS_A_STAGE + part) * _PART
+            gate = part * 2 * _WARPGROUPS
+            up = gate + _WARPGROUPS
+            tma.async_copy_global_to_shared(h_desc, [row, column], bar, parts.index(gate + first))
+            tma.async_copy_global_to_shared(h_desc, [row, F + column], bar, parts.index(up + first))
+            tma.async_copy_global_to_shared(h_desc, [row + _ROWS, column], bar, parts.index(gate + 1), pred=whole)
+            tma.async_copy_global_to_shared(h_desc, [row + _ROWS, F + column], bar, parts.index(up + 1), pred=whole)
         if GATHERED:
             async_copy.mbarrier_arrive(bar, increment_count=False)  # the producer's other arrivals
         stage, phase = next_stage(stage, phase, _STAGES)
@@ -196,32 +205,46 @@ def finish_part(dh_ptr, scaled_ptr, F, d_hidden, gate, up, score, width, rows):
 def finish_hidden_grad(out, F, acc, row, column_tile, end, stage, phase, ring, WG: gl.constexpr):
     """Epilogue of hidden_grad, an eighth of the columns after the other: more would not fit into registers.
 
-    Columns past F lie in H's up half, or past it: finite, or as they are zeros; their dA' is zero.
+    A loop that passes the eighths on from register to register: written out, its instructions would come from further
+    away than the warps can wait for (LOG.md). Columns past F lie in H's up half, or past it, and are zeros there; their
+    dA' is zero.
     """
     score_of_row_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R = out
     _rows, _weights, _told, full, empty = ring
-    column = column_tile * _BLOCK_N
     left, right = halves(acc)
-    quarters = halves(left) + halves(right)
+    left, inner_left = halves(left)
+    inner_right, right = halves(right)
+    part0, part1 = halves(left)
+    part2, part3 = halves(inner_left)
+    part4, part5 = halves(inner_right)
+    part6, part7 = halves(right)
     r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _ACC_EIGHTH))
     score = gl.load(score_of_row_ptr + r, mask=r < end, other=0.0)
     d_score = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, _ACC_EIGHTH))
     dh_ptr += row.to(gl.int64) * 2 * F
     scaled_ptr += row.to(gl.int64) * F
-    for part in gl.static_range(_PARTS):
+    for part in range(_PARTS):
+        of_stage = part % _PARTS_A_STAGE
+        last = of_stage == _PARTS_A_STAGE - 1
         mbarrier.wait(full.index(stage), phase)
-        tiles = tiles_of_h(ring, stage)
-        d_hidden = halves(quarters[part])
-        for half in gl.static_range(2):
-            gate = tiles.index(WG).slice(half * (_PART // 2), _PART // 2, 1).load(_ACC_EIGHTH)
-            up = tiles.index(_WARPGROUPS + WG).slice(half * (_PART // 2), _PART // 2, 1).load(_ACC_EIGHTH)
-            if half == 1:
-                sync_threads()  # one thread arrives, for all that have read
-                mbarrier.arrive(empty.index(stage))
-            here = column + part * _PART + half * (_PART // 2)
-            d_score += finish_part(dh_ptr + here, scaled_ptr + here, F, gl.convert_layout(d_hidden[half], _ACC_EIGHTH),
-                                   gate, up, score, F - here, end - row)
-        stage, phase = next_stage(stage, phase, _STAGES)
+        first = of_stage * 2 * _WARPGROUPS + WG
+        gate = parts_of_h(ring, stage).index(first).load(_ACC_EIGHTH)
+        up = parts_of_h(ring, stage).index(first + _WARPGROUPS).load(_ACC_EIGHTH)
+        sync_threads()  # one thread arrives, for all that have read
+        mbarrier.arrive(empty.index(stage), pred=last)
+        column = column_tile * _BLOCK_N + part * _PART
+        d_score += finish_part(dh_ptr + column, scaled_ptr + column, F, gl.convert_layout(part0, _ACC_EIGHTH), gate, up,
+                               score, F - column, end - row)
+        part0 = part1
+        part1 = part2
+        part2 = part3
+        part3 = part4
+        part4 = part5
+        part5 = part6
+        part6 = part7
+        after_stage, after_phase = next_stage(stage, phase, _STAGES)
+        stage = gl.where(last, after_stage, stage)
+        phase = gl.where(last, after_phase, phase)
     gl.store(d_scores_ptr + column_tile.to(gl.int64) * R + r, d_score, mask=r < end)
     return stage, phase
 
@@ -253,7 +276,7 @@ def hidden_grad_kernel(
     out = score_of_row_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 8, D8 * 8)
     specialize(rows, token_of_row_ptr, D8, down_desc, walk, claimed_ptr, D8 * 8, out, F8, finish, load_more,
-               (h_desc, F8 * 8), _PARTS, GATHERED, True)
+               (h_desc, F8 * 8), _H_STAGES, GATHERED, True)
 
 
 # ----------------------------------------------------------------------------------------------------- launchers
@@ -291,6 +314,7 @@ def hidden_grad(
     check("d_scores_XR", d_scores_XR, (-(-F // BLOCK_N), R), torch.float32)
     plan.count_once("up")
     down = TensorDescriptor.from_tensor(down_EDF, [1, BLOCK_K, BLOCK_N], _SWIZZLED_3D.value)
+    h_desc = TensorDescriptor.from_tensor(h_R2F, [ROWS, PART], _SWIZZLED_PART.value)
     hidden_grad_kernel[(programs,)](
-        readable(rows, gathered), token_of_row_R, plan.claimed_up, down, score_of_row_R, describe(h_R2F, ROWS),
+        readable(rows, gathered), token_of_row_R, plan.claimed_up, down, score_of_row_R, h_desc,
         dh_R2F, scaled_RF, d_scores_XR, plan.tiles_X5, plan.tile_count, R, D // 8, F // 8, GATHERED=gathered, **LAUNCH)
