@@ -18,7 +18,17 @@ import torch
 from common.config import MoEConfig, Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
-from labs.kernels import backward_gemm, down_combine, grouped_gemm, plain_gemm, roles, tall_gemm, tiles, train_gemm, up_ahead
+from labs.kernels import (
+    backward_gemm,
+    down_combine,
+    grouped_gemm,
+    plain_gemm,
+    roles,
+    tall_gemm,
+    tiles,
+    train_gemm,
+    up_ahead,
+)
 from tests.cases import Case
 from tests.machine_code import ROOT, Compiled, Request, compile_all
 
