@@ -10,9 +10,10 @@ activation, not the experts' output (SonicMoE, arXiv 2512.14080). Bytes, beside 
     train_up    up -> H, A                           backward: rows_kernel: dX~ = dH gate_up, combine -> dX; dW1
     train_down  rows_kernel: y = A down.T, combine   backward: hidden_grad -> dH, A', dS; dW2
 
-Both are PyTorch operators with fake implementations, so torch.compile takes them as they are; they make no host sync
-and can be captured, and torch.utils.checkpoint recomputes them. Under autocast, x and the weights are cast to its
-dtype. Two runs agree bit for bit.
+On Hopper, from as many rows on as in level 8, train_down's combine runs beside its GEMM (down_combine.py). Both are
+PyTorch operators with fake implementations where something traces (operators.py), so torch.compile takes them as they
+are; they make no host sync and can be captured, and torch.utils.checkpoint recomputes them. Under autocast, x and the
+weights are cast to its dtype. Two runs agree bit for bit.
 
     index array        shape     from -> to
     offsets_E1         (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
