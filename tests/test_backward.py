@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.config import Workload
 from common.measure import relative_error
 from common.model import make_inputs, make_weights, route_float64
-from labs.kernels import backward, backward_gemm, backward_loop, down_combine
+from labs.kernels import backward, backward_gemm, backward_loop, backward_sort, down_combine
 from labs.kernels.rounding import dense_scores, plan_rounding, round_tokens
 from tests.cases import CASES, Case
 from tests.machine_code import Request, compile_all
@@ -34,7 +34,7 @@ GRADS = ("x_TD", "router_ED", "gate_up_E2FD", "down_EDF")
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five of them, so that each has several tiles; and the interpreter runs one after the other."""
-    for module in (backward_loop, backward_gemm):
+    for module in (backward_loop, backward_gemm, backward):
         monkeypatch.setattr(module, "sm_count", lambda device: 5)
     monkeypatch.setattr(backward_gemm, "LEAST_OPERATIONS", 0)  # or no case here had enough to do for warp roles
 
@@ -454,6 +454,31 @@ def test_a_dispatch_mode_sees_operators_and_gets_the_same_bits(device):
     parts = ("sort_rows", "train_up", "train_down", "train_up_backward", "train_down_backward")
     assert seen.names >= {f"moe_lab::{part}" for part in parts}
     assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_a_transform_takes_the_operators(device):
+    ids_BTK = torch.randint(0, 5, (3, 9, 2), generator=torch.Generator(device).manual_seed(0), device=device).int()
+    found = torch.vmap(lambda ids_TK: backward.sort_rows(ids_TK, 5))(ids_BTK)
+    for b in range(3):
+        assert all(torch.equal(one[b], alone) for one, alone in zip(found, backward.sort_rows(ids_BTK[b], 5), strict=True))
+
+
+def test_what_is_added_to_counts_as_changed(device):
+    """So that autograd refuses a graph that saved a main grad before."""
+    problem = Problem(Case("tiny", T=9, D=16, F=16, E=3, K=2), DTYPES[0], device)
+    main_grads = tuple(torch.zeros(problem.leaves[name].shape, device=device) for name in GRADS[2:])
+    problem.run(main_grads=main_grads)
+    assert all(main_grad._version == 1 for main_grad in main_grads)
+
+
+@pytest.mark.parametrize("E", [1, 64, 65, 128, 256, 512, 1000, 2048])
+@pytest.mark.parametrize("T", [1, 128, 4096, 5000, 16384, 10**6])
+def test_the_counting_sorts_blocks_divide_its_groups_and_fit(T, E):
+    group, block_T, warps = backward_sort.group_for(T, E)
+    assert group % block_T == 0
+    assert 32 <= group <= 128
+    assert block_T == 16 or block_T * triton.next_power_of_2(E) <= 8192, "more would not fit into registers"
+    assert warps in (4, 8)
 
 
 def test_a_gradient_of_the_gradients_is_refused(device):

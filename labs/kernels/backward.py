@@ -10,10 +10,10 @@ activation, not the experts' output (SonicMoE, arXiv 2512.14080). Bytes, beside 
     train_up    up -> H, A                           backward: rows_kernel: dX~ = dH gate_up, combine -> dX; dW1
     train_down  rows_kernel: y = A down.T, combine   backward: hidden_grad -> dH, A', dS; dW2
 
-On Hopper, from as many rows on as in level 8, train_down's combine runs beside its GEMM (down_combine.py). Both are
-PyTorch operators with fake implementations where something traces (operators.py), so torch.compile takes them as they
-are; they make no host sync and can be captured, and torch.utils.checkpoint recomputes them. Under autocast, x and the
-weights are cast to its dtype. Two runs agree bit for bit.
+On one Hopper GPU, from as many rows on as in level 8, train_down's combine runs beside its GEMM (down_combine.py). Both
+are PyTorch operators with fake implementations where something traces (operators.py), so torch.compile takes them as
+they are; they make no host sync and can be captured, and torch.utils.checkpoint recomputes them. Under autocast, x and
+the weights are cast to its dtype. Two runs agree bit for bit.
 
     index array        shape     from -> to
     offsets_E1         (E + 1,)  expert -> its first row; the last entry: rows in use, <= R
@@ -101,6 +101,12 @@ def _plan(like: torch.Tensor, offsets_E1: torch.Tensor, R: int) -> tuple[PlainTi
     """The tile of this device and dtype, and the row tiles of this routing."""
     tile = tile_for(like.device, like.dtype)
     return tile, plan_tiles(offsets_E1, R, tile.block_M)
+
+
+def _is_distributed() -> bool:
+    """Whether collectives may hold SMs, perhaps until another rank gets on. down_combine.py's programs wait for each
+    other, so for all SMs: two ranks could wait for each other's."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _shaped(like: torch.Tensor, needed: bool) -> torch.Tensor:
@@ -218,7 +224,7 @@ def train_down(
     hidden_RF."""
     R, E = token_of_row_R.numel(), down_EDF.shape[0]
     tile, plan = _plan(hidden_RF, offsets_E1, R)
-    if (first_of_token_T1 is None and has_warp_roles(tile, down_EDF, R)
+    if (first_of_token_T1 is None and has_warp_roles(tile, down_EDF, R) and not _is_distributed()
             and down_combine.pays(R, E, row_of_entry.shape[1])):
         return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_entry, scores, sm_count(hidden_RF.device))
     y_RD = multiply_rows(hidden_RF, offsets_E1, down_EDF, plan, tile, transposed=True)

@@ -29,10 +29,12 @@ LONGEST_GROUP = 128  # tokens: of shorter ones, `place` has too many to add up
 
 
 def group_for(T: int, E: int) -> tuple[int, int, int]:
-    """Tokens of a group and of a block, and warps of `rank`: measured on an H200 (LOG.md)."""
+    """Tokens of a group and of a block, and warps of `rank`: measured on an H200 up to 256 experts (LOG.md). Beyond, a
+    block of more tokens would not fit into registers."""
+    block_E = max(16, triton.next_power_of_2(E))
     group = max(32, min(LONGEST_GROUP, triton.next_power_of_2(triton.cdiv(T, LONGEST_GROUP))))
-    block_T = min(group, 32 if E > 64 else 64)
-    return group, block_T, 4 if group == 32 else 8
+    block_T = max(16, min(group, 32 if E > 64 else 64, 8192 // block_E))
+    return group, block_T, 4 if group == 32 and block_E <= 256 else 8
 
 
 @triton.jit

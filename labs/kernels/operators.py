@@ -11,17 +11,19 @@ straight to the function, or to a torch.autograd.Function of it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def is_traced(args: tuple) -> bool:
-    """Whether a call with these arguments is compiled, exported, or seen by a dispatch mode or by a tensor's class, as
-    selective checkpointing, FakeTensor and DTensor do."""
-    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    """Whether a call with these arguments is compiled, exported, traced or transformed, or seen by a dispatch mode or
+    by a tensor's class, as selective checkpointing, FakeTensor and DTensor do."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+            or torch._C._functorch.peek_interpreter_stack() is not None
             or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args))
 
 
@@ -35,10 +37,17 @@ def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable]
     asked for: there is none, and the operator says so."""
     def register(function: Callable) -> Callable:
         registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        mutated = [place for place, arg in enumerate(inspect.signature(function).parameters) if arg in mutates_args]
 
         @functools.wraps(function)
-        def call(*args):
-            return registered(*args) if is_traced(args) or wants_gradient(args) else function(*args)
+        def call(*args, **named):
+            if named or is_traced(args) or wants_gradient(args):
+                return registered(*args, **named)
+            result = function(*args)
+            for place in mutated:
+                if args[place] is not None and not args[place].is_inference():
+                    torch.autograd.graph.increment_version(args[place])  # who saved it is to notice
+            return result
 
         call.operator = registered
         return call
@@ -63,8 +72,8 @@ def differentiable(name: str, setup_context: Callable, backward: Callable) -> Ca
                         {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
         @functools.wraps(function)
-        def call(*args):
-            return registered(*args) if is_traced(args) else untraced.apply(*args)
+        def call(*args, **named):
+            return registered(*args, **named) if named or is_traced(args) else untraced.apply(*args)
 
         call.operator = registered
         return call

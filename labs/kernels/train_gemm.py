@@ -52,7 +52,7 @@ from labs.kernels.tiles import ROWS, TilePlan, check
 from triton.experimental import gluon  # after common.level, which the above import
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # T tokens, D model width, F expert width, E experts, R routed rows. In kernels M, N and K are the GEMM tile's axes.
@@ -230,6 +230,7 @@ def finish_hidden_grad(out, F, acc, row, column_tile, end, stage, phase, ring, W
         first = of_stage * 2 * _WARPGROUPS + WG
         gate = parts_of_h(ring, stage).index(first).load(_ACC_EIGHTH)
         up = parts_of_h(ring, stage).index(first + _WARPGROUPS).load(_ACC_EIGHTH)
+        fence_async_shared()  # TMA, another proxy than the one that has read, writes here next
         sync_threads()  # one thread arrives, for all that have read
         mbarrier.arrive(empty.index(stage), pred=last)
         column = column_tile * _BLOCK_N + part * _PART
