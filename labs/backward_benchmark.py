@@ -282,7 +282,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
             axes[1].text(kept, y, f" {number(row['kept_mib'])} MiB", va="center", fontsize=13,
                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
     axes[0].set_xlabel("time over the faster grouped_mm's (median; p20 to p80)")
-    axes[1].set_xlabel("kept for backward over grouped_mm's")
+    axes[1].set_xlabel("bytes kept for backward, over grouped_mm's")
     paper = axes[1].axvline(1 - figures["paper_saved"], color="#555", ls="--", lw=2, zorder=0,
                             label=f"SonicMoE's paper: {figures['paper_saved']:.0%} less")
     legend_above(fig, [*axes[0].get_legend_handles_labels()[0], paper])

@@ -68,7 +68,7 @@ class OptimizedMoELayer(nn.Module):
     adaptive_capacity: capacity_factor is where training starts; the factor then follows, at each update_balance(),
         the running mean of the largest load over the mean, between 1 and twice capacity_factor. The state dict has it
         as adapted_capacity_factor, a 0-d float32.
-    use_io_overlap: level 8's and 9's kernels where they run; off is level 4's path.
+    use_io_overlap: level 8's and 9's kernels where they run; off is level 4's scheme on PyTorch's grouped_mm.
     load_balance_weight, z_loss_weight: weights of the two terms of aux_loss.
     bias_update_rate: above 0, a bias moves with the load at each update_balance() (loss-free balancing). router_bias
         gives the router such a bias also where nothing moves it.

@@ -183,6 +183,11 @@ def measure(options: Options) -> dict:
             calls.append((row, "step_ms", lambda subject=subject: subject.forward_backward(x_TD, grad_TD)))
     free(base, x_TD)
     time_rows(calls, rounds, WallClock(device), options.say)
+    first = main_ms(rows[0], args.mode)
+    for row in rows:
+        ms = main_ms(row, args.mode)
+        if ms:
+            row |= {"tokens_per_s": 1e3 * T / ms, "speedup": first / ms if first else None}
     return {"config": cfg.name, "mode": args.mode, "shape": {"T": T, "D": cfg.D, "F": cfg.F, "E": cfg.E, "K": cfg.K},
             "tile": tile, "dtype": dtype_name(dtype), "rounds": rounds, "rows": rows}
 
@@ -303,8 +308,11 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
             axes[0].barh(y, spread["p50"], height, color=color, alpha=1.0 if row["cumulative"] else 0.5,
                          label=label if place == 0 else None, gid=f"{row['name']}: {label}")
             text = f" {number(spread['p50'])} ms"
-            if key == times[-1][0] and first:
-                text += f", {number(first / spread['p50'])}x"
+            if key == times[-1][0]:
+                text += f", {number(first / spread['p50'])}x" if first else ""
+                text += f", {figures['shape']['T'] / spread['p50'] / 1e3:.2f} M tokens/s"
+                if not training and row.get("peak_mib") is not None:
+                    text += f", peak {number(row['peak_mib'])} MiB"
             axes[0].text(spread["p50"], y, text, va="center", fontsize=15)
     axes[0].set_xlabel("milliseconds (median)" if training else "milliseconds a forward (median)")
     handles = [Patch(color=color, label=label) for _, label, color in times] if training else []
@@ -312,16 +320,20 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
         handles.append(Patch(color="#555", alpha=0.5, label="pale: the last step in another form"))
     if handles:
         legend_above(fig, handles)
-    axes[0].set_xlim(0, 1.35 * max(row[key]["p50"] for row in rows for key, *_ in times if key in row))
+    longest = max(row[key]["p50"] for row in rows for key, *_ in times if key in row)
+    axes[0].set_xlim(0, (2.1 if training else 1.65) * longest)
     if training:
         for place, row in enumerate(rows):
             if "kept_mib" in row:
                 axes[1].barh(place, row["kept_mib"], 0.7, color=COLORS[2], alpha=1.0 if row["cumulative"] else 0.5,
                              gid=f"{row['name']}: kept")
-                axes[1].text(row["kept_mib"], place, f" {number(row['kept_mib'])} MiB", va="center", fontsize=15)
-        axes[1].set_xlabel("MiB kept for backward")
+                text = f" {number(row['kept_mib'])} MiB"
+                if row.get("peak_mib") is not None:
+                    text += f", peak {number(row['peak_mib'])}"
+                axes[1].text(row["kept_mib"], place, text, va="center", fontsize=15)
+        axes[1].set_xlabel("MiB kept for backward; peak of forward + backward")
         axes[1].xaxis.set_major_formatter("{x:,.0f}")
-        axes[1].set_xlim(0, 1.3 * max((row["kept_mib"] for row in rows if "kept_mib" in row), default=1))
+        axes[1].set_xlim(0, 1.7 * max((row["kept_mib"] for row in rows if "kept_mib" in row), default=1))
         axes[1].set_yticks([])
     axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     for ax in axes:

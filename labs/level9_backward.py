@@ -6,11 +6,12 @@ Why    level 8 has no gradient, and a forward that autograd may differentiate ke
 How    forward    x --gather--> up: H and A = silu(gate) * up --> down --> sum over k        keeps x, H, scores, indices
        backward   dO --gather--> dA' = dO down, and in its epilogue A again from H, dS = <dA', A>, dH, A' = s * A
                   dH gate_up, summed over k: dX;  dW1, dW2: GEMMs whose reduction runs over an expert's rows
-       The two halves are registered operators (labs/kernels/backward.py) on plain Triton kernels; on Hopper dW1 and
-       dW2 have warp-specialised ones (labs/kernels/weight_gemm.py). No float atomics.
+       The two halves are operators with gradients (labs/kernels/backward.py) on plain Triton kernels; on Hopper, in
+       bfloat16 and unless a GEMM is small, on kernels with warp roles: grouped_gemm.py's for y and dX~, train_gemm.py's
+       for up and hidden_grad, weight_gemm.py's for dW1 and dW2. No float atomics.
        This file's row in the ladder is the forward that trains: it writes H, which level 8 does not.
 Costs  gate and up stay apart, as the optimizer holds them, and a copy repacked at every step would cost more than it
-       saves: so level 8's kernels, which want them interleaved, are not used. D and F are multiples of 8.
+       saves: so level 8's up kernels, which want them interleaved, are not used. D and F are multiples of 8.
 Needs  Triton: a GPU of sm_80, 86, 89, 90 or 120, or its interpreter.
 Run    python labs/level9_backward.py --preset qwen3-30b-a3b --tokens 16384; training: labs/backward_benchmark.py
 Diff   none: from level 9 on a level imports what it stands on

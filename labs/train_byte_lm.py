@@ -109,10 +109,10 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     for name, style, color in ((LOOP, "-", COLORS[1]), (OPTIMIZED, "--", COLORS[0])):
         run = figures["runs"][name]
         where = f" ({run['backend']})" if run.get("backend") and name == OPTIMIZED else ""
-        losses.plot(steps, run["losses"], style, color=color, lw=2, label=f"{name}{where}, training",
+        losses.plot(steps, run["losses"], style, color=color, lw=1, label=f"{name}{where}, training",
                     gid=f"{name}: loss")
         losses.plot(*zip(*run["evaluations"], strict=True), "o" if name == LOOP else "x", color=color, ms=10, mew=2,
-                    label=f"{name}, held out", gid=f"{name}: held out")
+                    label=f"{name}, held out", gid=f"{name}: held out", zorder=3)  # over the curves
     losses.set(xlabel="step", ylabel="nats a byte", title="loss")
     for (name, run), color in zip(figures["runs"].items(), COLORS, strict=False):
         if name != LOOP:

@@ -460,7 +460,8 @@ def test_a_transform_takes_the_operators(device):
     ids_BTK = torch.randint(0, 5, (3, 9, 2), generator=torch.Generator(device).manual_seed(0), device=device).int()
     found = torch.vmap(lambda ids_TK: backward.sort_rows(ids_TK, 5))(ids_BTK)
     for b in range(3):
-        assert all(torch.equal(one[b], alone) for one, alone in zip(found, backward.sort_rows(ids_BTK[b], 5), strict=True))
+        alone = backward.sort_rows(ids_BTK[b], 5)
+        assert all(torch.equal(one[b], other) for one, other in zip(found, alone, strict=True))
 
 
 def test_what_is_added_to_counts_as_changed(device):

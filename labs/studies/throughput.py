@@ -89,7 +89,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer-tokens", type=int, help="tokens of that forward (with --layer-ms)")
     parser.add_argument("--backward", type=float,
                         help="a MoE layer's backward over its forward (default: as measured for level 9, else 2, as in "
-                             "FLOPs); of other work it is 2")
+                             "FLOPs)")
+    parser.add_argument("--other-backward", type=float, default=2.0,
+                        help="backward over forward of attention and other work (default: 2, as in FLOPs)")
+    parser.add_argument("--layer-scale", type=float,
+                        help="the layer's time on this hardware over the measured one (default: the worse of the two "
+                             "GPUs' peaks and bandwidths)")
+    parser.add_argument("--bytes-a-parameter", type=float,
+                        help="held on a GPU (default: 16 in training, for bf16 weights and gradients and Adam's state "
+                             "in float32, else 2)")
     parser.add_argument("--other-efficiency", type=float, default=0.5,
                         help="share of the peak that attention and other work reach (default: 0.5)")
     parser.add_argument("--layers", type=int, help="layers with experts (default: the model's); those without stay")
@@ -109,9 +117,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("other_efficiency", "doubling_efficiency"):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0 and at most 1")
-    for name in ("backward", "price"):
+    for name in ("backward", "other_backward", "price"):
         if (getattr(args, name) or 0) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: at least 0")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 0")
+    for name in ("layer_scale", "bytes_a_parameter"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0")
     if (args.layer_ms is None) != (args.layer_tokens is None):
         raise ValueError("--layer-ms and --layer-tokens: give both or neither")
     if args.layer_ms is not None and (args.layer_ms <= 0 or args.layer_tokens < 1):
@@ -207,24 +218,32 @@ def flops_a_token(model: Model, cfg: MoEConfig, sequence: int) -> dict[str, floa
     return {"experts": experts, "other": other}
 
 
-def scaled_layer_ms(measured: dict, hardware: Hardware, measured_on: Hardware | None) -> float:
-    """The layer's time on other hardware: longer by the worse of peak and bandwidth, as if both were its limit."""
+def layer_scale(args: argparse.Namespace, measured: dict) -> tuple[float, str]:
+    """The layer's time on this hardware over the measured one, and why: the worse of peak and bandwidth, as if both
+    were its limit."""
+    if args.layer_scale is not None:
+        return args.layer_scale, "--layer-scale"
+    gpu = str((measured["environment"] or {}).get("gpu", "")).lower()
+    measured_on = next((name for name in HARDWARE if name in gpu), None)
     if measured_on is None:
-        return measured["ms"]
-    return measured["ms"] * max(measured_on.tflops / hardware.tflops, measured_on.tbps / hardware.tbps)
+        return 1.0, "as given"
+    ours, theirs = HARDWARE[args.hardware], HARDWARE[measured_on]
+    return (max(theirs.tflops / ours.tflops, theirs.tbps / ours.tbps),
+            f"from {measured_on} to {args.hardware}, the worse of peak and bandwidth")
 
 
 def estimate(args: argparse.Namespace, measured: dict, backward: float) -> dict:
     """Tokens a second, a day, days and dollars for a trillion tokens, for 1 to 1024 GPUs and for those asked."""
     model, cfg, hardware = model_of(args), preset(args.config), HARDWARE[args.hardware]
-    name = str((measured["environment"] or {}).get("gpu", "")).lower()
-    measured_on = next((one for key, one in HARDWARE.items() if key in name), None)
-    layer_ms = scaled_layer_ms(measured, hardware, measured_on)
-    flops_passes = 3 if args.mode == "training" else 1
-    passes = 1 + backward if args.mode == "training" else 1
+    scale, scaled_by = layer_scale(args, measured)
+    layer_ms = measured["ms"] * scale
+    training = args.mode == "training"
+    flops_passes = 3 if training else 1
+    passes = 1 + backward if training else 1
+    other_passes = 1 + args.other_backward if training else 1
     flops = flops_a_token(model, cfg, args.sequence)
     moe_s = passes * model.moe_layers * layer_ms / 1e3 / measured["tokens"]
-    other_s = flops_passes * flops["other"] / (hardware.tflops * 1e12 * args.other_efficiency)
+    other_s = other_passes * flops["other"] / (hardware.tflops * 1e12 * args.other_efficiency)
     one_gpu = 1 / (moe_s + other_s)
     needed = flops_passes * (flops["experts"] + flops["other"])
     price = args.price if args.price is not None else hardware.dollars_an_hour
@@ -238,12 +257,13 @@ def estimate(args: argparse.Namespace, measured: dict, backward: float) -> dict:
                 "ideal_per_day": one_gpu * gpus * SECONDS_A_DAY,
                 "peak_per_day": gpus * hardware.tflops * 1e12 / needed * SECONDS_A_DAY}
 
-    weights_gb = 2 * model.total_billions
+    bytes_a_parameter = args.bytes_a_parameter or (16 if training else 2)
     return {"case": at(args.num_gpus), "curve": [at(2**i) for i in range(11)], "layer_ms": layer_ms,
+            "layer_scale": scale, "scaled_by": scaled_by, "bytes_a_parameter": bytes_a_parameter,
             "moe_share": moe_s / (moe_s + other_s), "flops_a_token": needed, "price": price,
             "layer_share_of_peak": flops_passes / passes * 6 * measured["tokens"] * cfg.K * cfg.D * cfg.F
             / (layer_ms / 1e3) / (hardware.tflops * 1e12),
-            "weights_gb": weights_gb, "memory_gb": hardware.gigabytes * args.num_gpus}
+            "parameters_gb": bytes_a_parameter * model.total_billions, "memory_gb": hardware.gigabytes * args.num_gpus}
 
 
 def refuse_above_peak(share: float, what: str, gpus: int, hardware: str, parts: list[Table | str]) -> None:
@@ -266,17 +286,21 @@ def measure(options: Options) -> dict:
         ["--times, --level", f"{measured['source']}, level {measured['level']}: {number(measured['ms'])} ms for "
                              f"{measured['tokens']:,} tokens"],
         ["--hardware", f"{args.hardware}: {hardware.tflops:g} TFLOP/s dense bf16, {hardware.tbps:g} TB/s, "
-                       f"{hardware.gigabytes} GB (datasheet); the layer takes {number(found['layer_ms'])} ms on it"],
+                       f"{hardware.gigabytes} GB (datasheet)"],
+        ["--layer-scale", f"{number(found['layer_scale'])} ({found['scaled_by']}): {number(found['layer_ms'])} ms"],
         ["--config, --layers", f"{args.config}: {model.layers} layers, {model.moe_layers} with experts, "
                                f"{number(model.active_billions)}B of {number(model.total_billions)}B parameters active "
                                f"({model.source})"],
         ["--mode", args.mode],
         ["--backward", f"{number(backward['times'])} times the forward ({backward['source']})"
                        if args.mode == "training" else "not run"],
+        ["--other-backward", f"{number(args.other_backward)} times the forward, of attention and all else"
+                             if args.mode == "training" else "not run"],
         ["--other-efficiency", f"{percent(args.other_efficiency)} of the peak for attention and all else"],
         ["--sequence", f"{args.sequence:,} tokens attend to each other"],
         ["--doubling-efficiency", f"{percent(args.doubling_efficiency)} of a GPU's speed kept at each doubling"],
         ["--price", f"${found['price']:.2f} a GPU hour"],
+        ["--bytes-a-parameter", f"{found['bytes_a_parameter']:g}, {found['parameters_gb']:,.0f} GB in all"],
     ]
     stamp = measured["environment"]
     figures = {"config": args.config, "hardware": args.hardware, "num_gpus": args.num_gpus, "mode": args.mode,
@@ -313,8 +337,9 @@ def table(figures: dict) -> list[Table | str]:
         [[f"{one['gpus']:,}", f"{one['tokens_per_s']:,.0f}", f"{one['tokens_per_day'] / 1e9:,.2f} B",
           f"{one['days_per_trillion']:,.1f}", f"${one['dollars_per_trillion']:,.0f}", percent(one["share_of_peak"])]
          for one in points]))
-    if figures["weights_gb"] > figures["memory_gb"]:
-        parts.append(f"note: the weights alone are {figures['weights_gb']:,.0f} GB in bf16 and {figures['num_gpus']} "
+    if figures["parameters_gb"] > figures["memory_gb"]:
+        parts.append(f"note: at {figures['bytes_a_parameter']:g} bytes the parameters take "
+                     f"{figures['parameters_gb']:,.0f} GB, activations not counted, and {figures['num_gpus']} "
                      f"{figures['hardware']} hold {figures['memory_gb']:,} GB. This is the rate of so many GPUs of a "
                      f"larger job.")
     return parts
@@ -353,9 +378,10 @@ def conclude(figures: dict) -> str:
     claim = figures.get("claim")
     words = (f" The claim of {claim['tokens_per_day']:.3g} a day would need {percent(claim['share_of_peak'])} of the "
              f"peak, which is not impossible." if claim else "")
-    rests = "whose forward was measured, all else is assumed"
-    if figures["backward"]["measured"]:
-        rests = "whose forward and backward were measured, all else is assumed"
+    rests = f"whose forward{' and backward were' if figures['backward']['measured'] else ' was'} measured"
+    if figures["layer_scale"] != 1:
+        rests += f", and scaled by {number(figures['layer_scale'])} ({figures['scaled_by']})"
+    rests += "; all else is assumed"
     return (f"{case['gpus']} {figures['hardware']} make {case['tokens_per_day'] / 1e9:,.2f} billion tokens a day of "
             f"{figures['config']} ({figures['mode']}), {number(case['days_per_trillion'])} days and "
             f"${case['dollars_per_trillion']:,.0f} a trillion, at {percent(case['share_of_peak'])} of their peak; "

@@ -238,7 +238,7 @@ def table(figures: dict) -> list[Table | str]:
 
 
 def draw(figures: dict, under: str) -> dict[str, Figure]:
-    """Ideal and measured speedup of `nearest` and `down` against the fill, a panel a tile; and the loss curves."""
+    """Ideal and measured speedup of each mode against the fill, a panel a tile; and the loss curves."""
     words = " ".join(f"{letter}={size}" for letter, size in figures["shape"].items())
     tiles = sorted({point["tile"] for point in figures["speed"]})
     fig, axes = figure("Token rounding: what the tiles allow, and what is measured", f"{words}  |  {under}",
@@ -247,7 +247,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
         points = [point for point in figures["speed"] if point["tile"] == tile]
         fills = [point["fill"] for point in points]
         for mode, color in zip(MODES[1:], COLORS, strict=False):
-            if mode not in points[0]["modes"] or mode == "balance":
+            if mode not in points[0]["modes"]:
                 continue
             ax.plot(fills, [point["modes"][mode]["ideal_speedup"] for point in points], "--", lw=2, color=color,
                     gid=f"{mode} ideal")
