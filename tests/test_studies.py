@@ -520,17 +520,35 @@ def test_a_backward_goes_with_a_forward_of_as_many_tokens(tmp_path):
     assert 1 + figures["backward"]["times"] == pytest.approx(ours["step_ms"]["p50"] / ours["forward_ms"]["p50"])
 
 
-def test_other_hardware_takes_the_worse_of_its_two_limits():
-    h200, h100, b200 = (throughput.HARDWARE[name] for name in ("h200", "h100", "b200"))
-    measured = {"ms": 1.0}
-    assert throughput.scaled_layer_ms(measured, h100, h200) == pytest.approx(4.8 / 3.35)
-    assert throughput.scaled_layer_ms(measured, b200, h200) == pytest.approx(4.8 / 8.0)
-    assert throughput.scaled_layer_ms(measured, h100, None) == 1.0
+@pytest.mark.parametrize(("hardware", "gpu", "given", "scale"), [
+    ("h100", "NVIDIA H200", None, 4.8 / 3.35),
+    ("b200", "NVIDIA H200", None, 4.8 / 8.0),
+    ("h100", "NVIDIA H200", 1.1, 1.1),
+    ("h100", "a GPU that is not known", None, 1.0),
+])
+def test_other_hardware_takes_the_worse_of_its_two_limits(hardware, gpu, given, scale):
+    args = argparse.Namespace(hardware=hardware, layer_scale=given)
+    assert throughput.layer_scale(args, {"environment": {"gpu": gpu}})[0] == pytest.approx(scale)
+
+
+def test_every_assumption_of_throughput_is_printed_and_can_be_set(tmp_path):
+    words = {"--other-backward": "3", "--layer-scale": "1.25", "--bytes-a-parameter": "12",
+             "--other-efficiency": "0.25", "--price": "7"}
+    assert throughput_of(tmp_path, *(word for pair in words.items() for word in pair)) == 0
+    figures = json.loads(next(tmp_path.glob("*.json")).read_text())["figures"]
+    printed = dict(figures["assumptions"])
+    for name, said in {"--other-backward": "3.00 times", "--layer-scale": "1.25 (--layer-scale)",
+                       "--bytes-a-parameter": "12,", "--other-efficiency": "25%", "--price": "$7.00"}.items():
+        assert printed[name].startswith(said)
+    assert figures["parameters_gb"] == pytest.approx(12 * throughput.MODELS[figures["config"]].total_billions)
+    assert figures["layer_ms"] == pytest.approx(1.25 * figures["measured"]["ms"])
 
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--num-gpus", "0"], "--num-gpus 0"),
     (["--other-efficiency", "1.5"], "--other-efficiency 1.5"),
+    (["--other-backward", "-1"], "--other-backward -1"),
+    (["--layer-scale", "0"], "--layer-scale 0"),
     (["--layer-ms", "5"], "--layer-tokens"),
     (["--times", "no/such/file.json"], "no/such/file.json"),
     (["--level", "no such level"], "no such level"),
