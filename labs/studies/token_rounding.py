@@ -3,9 +3,9 @@
     python labs/studies/token_rounding.py [--steps 300] [--seeds 3]
 
 Speed: the two grouped GEMMs of labs/kernels/plain_gemm.py in row tiles of 64, 128 and 256, on the rows that exact top-k
-gives and on those after each rounding mode, from half a tile of mean rows an expert to 16. Tokens and router are random,
-so an expert's rows vary by chance alone. Ideal is what the number of tiles allows; measured is measured, once for the
-GEMMs alone and once with the rounding itself.
+gives and on those after each rounding mode, from half a tile of mean rows an expert to 16. Tokens and router are
+random, so an expert's rows vary by chance alone. Ideal is what the number of tiles allows; measured is measured, once
+for the GEMMs alone and once with the rounding itself.
 
 Quality: the small byte-level MoE language model, trained with exact top-k and with three modes from the same initial
 weights on the same batches, three seeds, and evaluated with exact top-k throughout.
