@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 def is_traced(args: tuple) -> bool:
     """Whether a call with these arguments is compiled, exported, traced or transformed, or seen by a dispatch mode or
     by a tensor's class, as selective checkpointing, FakeTensor and DTensor do."""
+    # Two of these are private to PyTorch, which has no public way to ask; tests/test_backward.py fails if they go.
     return (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
             or torch._C._functorch.peek_interpreter_stack() is not None
             or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, torch.nn.Parameter) for arg in args))
@@ -32,7 +33,7 @@ def wants_gradient(args: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
-def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Callable]:
+def operator(name: str, mutates_args: Collection[str] = ()) -> Callable[[Callable], Callable]:
     """Register a function as an operator, `.operator`, which is called where a call is traced, or where a gradient is
     asked for: there is none, and the operator says so."""
     def register(function: Callable) -> Callable:

@@ -385,34 +385,34 @@ def pass_on(ring, stage, phase, k_steps):
 
 @gluon.jit
 def multiply_share(out_ptr, width, row, used, column, k_steps, stage, phase, ring, finish: gl.constexpr,
-                   WG: gl.constexpr, GATHERED: gl.constexpr, MORE: gl.constexpr = 0):
+                   WG: gl.constexpr, GATHERED: gl.constexpr, MORE_STAGES: gl.constexpr = 0):
     """Warpgroup WG's 64 rows of an output tile, multiplied and finished; of a tile of no more, all or nothing.
 
-    MORE: stages that the producer's load_more fills after a tile's last. `finish` then takes them from the ring.
+    MORE_STAGES: stages that the producer's load_more fills after a tile's last. `finish` then takes them from the ring.
     """
     whole = used > _ROWS
     if whole | (column % 2 == WG):
         acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED)
         first = row + gl.where(whole, WG * _ROWS, 0)
-        if MORE == 0:
+        if MORE_STAGES == 0:
             finish(out_ptr, width, acc, first, column, row + used)
         else:
             stage, phase = finish(out_ptr, width, acc, first, column, row + used, stage, phase, ring, WG)
     else:
-        stage, phase = pass_on(ring, stage, phase, k_steps + MORE)
+        stage, phase = pass_on(ring, stage, phase, k_steps + MORE_STAGES)
     return stage, phase
 
 
 @gluon.jit
 def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr,
-            MORE: gl.constexpr = 0):
+            MORE_STAGES: gl.constexpr = 0):
     """Warpgroup WG's share of every tile of this program."""
     stage = 0
     phase = 0
     row, used, column, _ = listen(ring, stage, phase)
     while used > 0:
         stage, phase = multiply_share(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
-                                      GATHERED, MORE)
+                                      GATHERED, MORE_STAGES)
         row, used, column, _ = listen(ring, stage, phase)
 
 

@@ -77,22 +77,25 @@ _SIGMOID = gl.constexpr("""{
 
 @gluon.jit
 def specialize(rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, out, F8,
-               finish: gl.constexpr, load_more: gl.constexpr, more, MORE: gl.constexpr, GATHERED: gl.constexpr,
+               finish: gl.constexpr, load_more: gl.constexpr, more, MORE_STAGES: gl.constexpr, GATHERED: gl.constexpr,
                STRAIGHT: gl.constexpr):
-    """Two consumers, and the producer that gathers, or the one that reads rows in their order."""
+    """Two consumers, and the producer that gathers, or the one that reads rows in their order.
+
+    load_more(more, ...) fills MORE_STAGES further stages after a tile's last, which `finish` reads; or None and 0.
+    """
     if GATHERED:
         ring = open_ring(128 + 1, STRAIGHT)
         gl.warp_specialize([
-            (consume, (out, F8, walk[3], ring, finish, 0, True, MORE)),
-            (consume, (out, F8, walk[3], ring, finish, 1, True, MORE)),
+            (consume, (out, F8, walk[3], ring, finish, 0, True, MORE_STAGES)),
+            (consume, (out, F8, walk[3], ring, finish, 1, True, MORE_STAGES)),
             (produce_gathered, (rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring,
                                 load_more, more)),
         ], [4, 4], [216, 72])
     else:
         ring = open_ring(1, STRAIGHT)
         gl.warp_specialize([
-            (consume, (out, F8, walk[3], ring, finish, 0, False, MORE)),
-            (consume, (out, F8, walk[3], ring, finish, 1, False, MORE)),
+            (consume, (out, F8, walk[3], ring, finish, 0, False, MORE_STAGES)),
+            (consume, (out, F8, walk[3], ring, finish, 1, False, MORE_STAGES)),
             (produce_rows, (rows, weights_desc, walk, walk[2], claimed_ptr, weight_rows, ring, load_more, more)),
         ], [4, 1], [232, 24])
 

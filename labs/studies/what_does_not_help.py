@@ -576,7 +576,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
         ax.axhline(1, color="black", lw=2)
         ax.set_xticks(range(len(gains)), [f"{point['size']:g}" for point in one["points"]], rotation=45, fontsize=14)
         ax.tick_params(axis="y", labelsize=14)
-        ax.set_xlabel(f"{fill(one['axis'], 32)}\n{fill(where(one['points']), 32)}", fontsize=14)
+        ax.set_xlabel(f"{fill(one['axis'], 26)}\n{fill(where(one['points']), 26)}", fontsize=14)
         title = [*wrap(one["idea"], 24), f"over {one['plain']}", clock_of(one)]
         ax.set_title("\n".join([""] * (4 - len(title)) + title), fontsize=14)
         ax.set_ylim(0, 1.35 * max(1, *gains))  # room for the figures
