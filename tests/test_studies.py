@@ -154,6 +154,9 @@ def test_charts_show_the_jsons_figures(ran):
     charts = routing.draw(figures, "")
     heat = charts[""].axes[0].images[0].get_array()
     assert torch.equal(torch.tensor(heat), torch.tensor(figures["heat_map"], dtype=torch.float64))
+    for mode, drops in figures["capacity"].items():
+        for what in ("rows", "score"):
+            assert lines(charts[""])[f"{mode} {what}"] == pytest.approx([100 * one["by_score"][what] for one in drops])
     for name, one in figures["training"]["remedies"].items():
         assert lines(charts["training"])[name] == pytest.approx([sum(step) / len(step)
                                                                  for step in zip(*one["gini"], strict=True)])
@@ -374,7 +377,7 @@ def test_a_gain_is_told_with_what_gains_more():
 
 def test_all_ideas_are_told_in_one_sentence(ran):
     said = what_does_not_help.conclude(ran("what_does_not_help")[0]["figures"])
-    assert said.startswith("Where 0.97 times the plain way's speed or more is no slower: ")
+    assert said.startswith("No slower, within 3%, is ")
     assert not re.search(r"\. [A-Z]", said)
 
 

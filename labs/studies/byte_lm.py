@@ -308,6 +308,21 @@ def evaluate(model: ByteLM, size: Size, device: torch.device, dtype: torch.dtype
     return total / EVALUATION_BATCHES
 
 
+@torch.no_grad()
+def expert_inputs(model: ByteLM, size: Size, T: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(T, D) tokens of held-out text as the last block's MoE layer gets them, in eval mode: the same at every call."""
+    batches = Batches(standard_library()[1], size, seed=1, device=device)
+    found: list[torch.Tensor] = []
+    hook = model.blocks[-1].mlp.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].flatten(0, 1)))
+    model.eval()
+    with _autocast(device, dtype):
+        while sum(map(len, found)) < T:
+            model(batches.draw()[0])
+    hook.remove()
+    model.train()
+    return torch.cat(found)[:T]
+
+
 def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype,
                           enabled=dtype != torch.float32)

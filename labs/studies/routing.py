@@ -189,11 +189,11 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     middle.set_ylim(bottom=0)
     middle.legend(fontsize=14)
     for mode, color in zip(figures["capacity"], COLORS, strict=False):
-        for how, style in (("by_score", "-"), ("by_position", "--")):
-            points = [100 * one[how]["score"] for one in figures["capacity"][mode]]
-            right.plot(FACTORS, points, style, lw=3, color=color, marker="o", gid=f"{mode} {how}",
-                       label=f"{mode}, {'weakest' if how == 'by_score' else 'last'} first")
-    right.set(xlabel="capacity factor", ylabel="% of all scores dropped", title="What a capacity drops")
+        for what, style, label in (("rows", "-", "rows"), ("score", "--", "scores")):
+            points = [100 * one["by_score"][what] for one in figures["capacity"][mode]]
+            right.plot(FACTORS, points, style, lw=3, color=color, marker="o", gid=f"{mode} {what}",
+                       label=f"{mode}, {label}")
+    right.set(xlabel="capacity factor", ylabel="% dropped, of all rows or all scores", title="Dropped, weakest first")
     right.grid(alpha=0.3)
     right.legend(fontsize=14)
     return {"": fig, "training": draw_trainings(figures["training"], under)}

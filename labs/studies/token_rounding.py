@@ -3,11 +3,12 @@
     python labs/studies/token_rounding.py [--steps 300] [--seeds 3]
 
 Speed: the two grouped GEMMs of labs/kernels/plain_gemm.py in row tiles of 64, 128 and 256, on the rows that exact top-k
-gives and on those after each rounding mode, from half a tile of mean rows an expert to 16. Tokens and router are
-random, so an expert's rows vary by chance alone. Ideal is what the number of tiles allows; measured is measured, once
-for the GEMMs alone and once with the rounding itself.
+gives and on those after each rounding mode, from half a tile of mean rows an expert to 16. The routes are those of
+held-out text through a router trained in the byte-level MoE language model, with as many experts; the GEMMs' values are
+random. Ideal is what the number of tiles allows; measured is measured, once for the GEMMs alone and once with the
+rounding itself.
 
-Quality: the small byte-level MoE language model, trained with exact top-k and with three modes from the same initial
+Quality: the same kind of model, trained with exact top-k and with three modes from the same initial
 weights on the same batches, three seeds, and evaluated with exact top-k throughout.
 """
 
@@ -34,7 +35,9 @@ from labs.kernels.plain_gemm import HOPPER, PlainTile, plain_down, plain_up, til
 from labs.kernels.rounding import LEAST_TILES, Rounded, plan_rounding, report_rounding, round_tokens
 from labs.kernels.routing import sm_count
 from labs.kernels.tiles import interleave_gate_up, plan_tiles
-from labs.studies.byte_lm import SMALL, Size, moe_factory, train
+from labs.moe_layer.losses import count_rows
+from labs.moe_layer.statistics import evenness
+from labs.studies.byte_lm import SMALL, ByteLM, Size, expert_inputs, moe_factory, train
 from labs.studies.study import (
     COLORS,
     GpuClock,
@@ -56,6 +59,7 @@ TILES = {64: PlainTile(64, 256, 64, warps=4, stages=4, tma=True), 128: HOPPER,
          256: PlainTile(256, 128, 64, warps=8, stages=3, tma=True)}
 QUICK_TILES = {64: PlainTile(64, 16, 16, warps=4, stages=1, tma=False)}  # the kernels' smallest row tile
 QUICK_CONFIG = MoEConfig("quick", D=16, F=16, E=4, K=2)
+ROUTER_STEPS, QUICK_ROUTER_STEPS = 300, 4  # until the router's choice is learned
 # 512 rows an expert: 4 tiles of 128, twice the least that SonicMoE calls safe.
 MEDIUM = Size(L=2, D=256, H=4, F=256, E=32, K=2, batch=32, sequence=256)
 TRAINED_TILE = 128
@@ -117,14 +121,36 @@ class Experts:
                 raise RuntimeError(f"expert {e}: relative error {error:.2e} is over {bound:.2e}, so it is not timed")
 
 
-def speed_point(experts: Experts, tile: PlainTile, fill: float, options: Options) -> dict:
+def tokens_for(cfg: MoEConfig, tile: int, fill: float) -> int:
+    """T that gives an expert `fill` tiles of rows on average."""
+    return max(1, round(fill * tile * cfg.E / cfg.K))
+
+
+def trained_routes(cfg: MoEConfig, T: int, options: Options) -> tuple[torch.Tensor, dict]:
+    """(T, E) probabilities that a trained router gives tokens of held-out text, and how it was trained."""
+    E, K, device = cfg.E, cfg.K, options.device
+    size = Size(L=2, D=256, H=4, F=64, E=E, K=K, batch=32, sequence=256) if options.full else Size(
+        L=1, D=16, H=1, F=16, E=E, K=K, batch=4, sequence=32)
+    steps = ROUTER_STEPS if options.full else QUICK_ROUTER_STEPS
+    trained: list[ByteLM] = []
+    run = train(moe_factory(size, capacity_factor=None), size, steps=steps, device=device,
+                progress="token_rounding: a router to route by",
+                after_step=lambda step, model: trained.append(model) if step == steps else None)
+    (model,) = trained
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.no_grad():
+        choice = model.blocks[-1].mlp.gate(expert_inputs(model, size, T, device, dtype))
+    _, gini, _, peak = evenness(count_rows(choice.expert_ids_TK, E)).tolist()
+    return choice.probs_TE, {"size": vars(size), "steps": steps, "text": run.text, "gini": gini, "max_over_mean": peak}
+
+
+def speed_point(experts: Experts, tile: PlainTile, fill: float, probs_TE: torch.Tensor, options: Options) -> dict:
     """One tile and one fill: what each mode changes, and the times."""
     cfg, device = experts.cfg, experts.device
-    T = max(1, round(fill * tile.block_M * cfg.E / cfg.K))
+    T = tokens_for(cfg, tile.block_M, fill)
+    probs_TE = probs_TE[:T]
     generator = torch.Generator(device).manual_seed(1)
     x_TD = torch.randn(T, cfg.D, generator=generator, device=device).to(experts.dtype)
-    router_ED = torch.randn(cfg.E, cfg.D, generator=generator, device=device) * cfg.D ** -0.5
-    probs_TE = (x_TD.float() @ router_ED.T).softmax(dim=1)
     ids_TK = probs_TE.topk(cfg.K, dim=1).indices
     found, calls = {}, {}
     for mode in MODES if options.full else MODES[:3]:
@@ -195,14 +221,15 @@ def measure(options: Options) -> dict:
             raise ValueError("--device cuda: this study's tiles load weights by TMA, which needs sm_90")
     cfg = preset("qwen3-30b-a3b") if full else QUICK_CONFIG
     experts = Experts(cfg, device)
-    points = []
-    for rows, tile in (TILES if full else QUICK_TILES).items():
-        for fill in FILLS if full else (0.5, 1):
+    points, tiles, fills = [], TILES if full else QUICK_TILES, FILLS if full else FILLS[:2]
+    probs_TE, routes = trained_routes(cfg, tokens_for(cfg, max(tiles), max(fills)), options)
+    for rows, tile in tiles.items():
+        for fill in fills:
             options.say(f"tile {rows}, {fill:g} tiles of mean rows an expert")
-            points.append(speed_point(experts, tile, fill, options))
+            points.append(speed_point(experts, tile, fill, probs_TE, options))
     trained = quality(options, steps, seeds if full else min(seeds, 2)) if steps else None
     return {"shape": {"D": cfg.D, "F": cfg.F, "E": cfg.E, "K": cfg.K}, "interpreted": device.type != "cuda",
-            "speed": points, "quality": trained}
+            "routes": routes, "speed": points, "quality": trained}
 
 
 # ---- showing -------------------------------------------------------------------------------------
@@ -210,6 +237,12 @@ def measure(options: Options) -> dict:
 def last_losses(mode: dict) -> list[float]:
     """Held-out loss of each seed after the last step."""
     return [evaluations[-1][1] for evaluations in mode["evaluations"]]
+
+
+def told_routes(routes: dict) -> str:
+    """Where the routes come from, in a line."""
+    return (f"routes: held-out text, router trained for {routes['steps']} steps, Gini {routes['gini']:.2f}, busiest "
+            f"expert {routes['max_over_mean']:.1f} times the mean")
 
 
 def table(figures: dict) -> list[Table | str]:
@@ -223,8 +256,9 @@ def table(figures: dict) -> list[Table | str]:
                          f"{one['ideal_speedup']:.2f}x", f"{one['speedup']:.2f}x", f"{one['net_speedup']:.2f}x"])
     words = " (Triton's interpreter: times mean nothing)" if figures["interpreted"] else ""
     parts: list[Table | str] = [plain_table(
-        "Speed" + words, ["tile, mean rows in tiles, mode", "tokens", "tiles full", "dropped", "added", "changed",
-                          "tokens left out", "GEMMs, ms", "ideal", "measured", "with rounding"], rows)]
+        f"Speed{words}; {told_routes(figures['routes'])}",
+        ["tile, mean rows in tiles, mode", "tokens", "tiles full", "dropped", "added", "changed", "tokens left out",
+         "GEMMs, ms", "ideal", "measured", "with rounding"], rows)]
     trained = figures["quality"]
     if trained is None:
         return [*parts, "quality: left out by --steps 0"]
@@ -242,8 +276,8 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     """Ideal and measured speedup of each mode against the fill, a panel a tile; and the loss curves."""
     words = " ".join(f"{letter}={size}" for letter, size in figures["shape"].items())
     tiles = sorted({point["tile"] for point in figures["speed"]})
-    fig, axes = figure("Token rounding: what the tiles allow, and what is measured", f"{words}  |  {under}",
-                       columns=len(tiles))
+    fig, axes = figure("Token rounding: what the tiles allow, and what is measured",
+                       f"{words}  |  {told_routes(figures['routes'])}  |  {under}", columns=len(tiles))
     for ax, tile in zip(axes, tiles, strict=True):
         points = [point for point in figures["speed"] if point["tile"] == tile]
         fills = [point["fill"] for point in points]
