@@ -1,4 +1,4 @@
-"""The grouped GEMMs of labs/kernels: tile plan and layouts anywhere, machine code without a GPU, answers on one.
+"""The grouped GEMMs of labs/kernels for Hopper: what they refuse, machine code without a GPU, answers on one.
 
 python -m pytest tests/test_kernels_gemm.py
 """
@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
-import os
-import random
-import subprocess
 import sys
 
 import pytest
@@ -30,143 +27,10 @@ from labs.kernels import (
     up_ahead,
 )
 from tests.cases import Case
-from tests.machine_code import ROOT, Compiled, Request, compile_all
+from tests.gemm_cases import CASES, case_of, child, combine, dispatch, offsets
+from tests.machine_code import Compiled, Request, compile_all
 
 ROWS = tiles.ROWS
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def child(*arguments: str, timeout: int = 240) -> None:
-    """This file's main in a process of its own, without the interpreter. A deadlocked kernel ends with it."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "tests.test_kernels_gemm", *arguments], cwd=ROOT, env=env, text=True,
-                          capture_output=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-# ---- the tile plan, in the interpreter
-
-
-def offsets(counts: list[int]) -> torch.Tensor:
-    """(E + 1,) int32: each expert's first row."""
-    return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
-
-
-def slow_plan(
-    offsets_E1: list[int], tile_rows: int, group: int, order_E: list[int] | None = None
-) -> list[list[int]]:
-    """The table of row tiles by its definition, one tile at a time; experts in `order_E` or by their numbers."""
-    table: list[list[int]] = []
-    for expert in range(len(offsets_E1) - 1) if order_E is None else order_E:
-        start, end = offsets_E1[expert : expert + 2]
-        rows = range(start, end, tile_rows)
-        groups = -(-len(rows) // group)
-        for i in range(groups):
-            size = -(-len(rows) // groups)
-            part, first = rows[i * size : (i + 1) * size], len(table)
-            table += [[expert, row, min(tile_rows, end - row), first, len(part)] for row in part]
-    return table
-
-
-RANDOM = random.Random(0)
-COUNTS = {
-    "one expert": [200],
-    "below a tile": [1, 63, 64, 65, 127],
-    "empty experts": [0, 130, 0, 0, 700, 0],
-    "one has all": [0, 0, 40000, 0],
-    "no rows at all": [0, 0, 0],
-    "one group too many": [128 * 33],
-    "random": [RANDOM.randrange(3000) for _ in range(37)],
-}
-
-
-@pytest.mark.parametrize(("tile_rows", "group"), [(128, 32), (192, 16), (64, 1), (128, 3)])
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=[why.replace(" ", "_") for why in COUNTS])
-def test_plan_is_what_the_definition_says(counts, tile_rows, group):
-    offsets_E1 = offsets(counts)
-    plan = tiles.plan_tiles(offsets_E1, sum(counts), tile_rows, group)
-    used = int(plan.tile_count)
-    assert used <= len(plan.tiles_X5)
-    assert plan.tiles_X5[:used].tolist() == slow_plan(offsets_E1.tolist(), tile_rows, group)
-
-
-def test_plan_without_rows_has_an_entry_that_is_safe_to_look_at():
-    plan = tiles.plan_tiles(offsets([0, 0]), 0)
-    assert plan.tiles_X5[0].tolist() == [0, 0, 0, 0, 1], "a group's size divides"
-
-
-@pytest.mark.parametrize("column_tiles", [1, 3])
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=[why.replace(" ", "_") for why in COUNTS])
-def test_every_output_tile_is_found_once(counts, column_tiles):
-    """What find_tile does, in Python: Gluon has no interpreter."""
-    plan = tiles.plan_tiles(offsets(counts), sum(counts), 128, 4)
-    table = plan.tiles_X5[: int(plan.tile_count)].tolist()
-    found = []
-    for tile in range(len(table) * column_tiles):
-        first, size = table[tile // column_tiles][3:]
-        local = tile - first * column_tiles
-        found.append((first + local % size, local // size))
-    assert sorted(found) == [(row, column) for row in range(len(table)) for column in range(column_tiles)]
-
-
-@pytest.mark.parametrize(("row_tiles", "D"), [(5, 2048), (1, 7168), (40, 1288), (3, 8192), (0, 2048), (17, 8)])
-def test_bands_cover_every_output_tile_in_turn(row_tiles, D):
-    """What find_band_tile does, in Python."""
-    column_tiles, band_tiles = -(-D // 256), down_combine.band_tiles_for(D)
-    assert -(-column_tiles // band_tiles) <= tiles.BANDS
-    found, bands = [], []
-    for tile in range(row_tiles * column_tiles):
-        band = tile // (row_tiles * band_tiles)
-        width = min(column_tiles - band * band_tiles, band_tiles)
-        column, row = divmod(tile - band * band_tiles * row_tiles, row_tiles)  # as one group of all row tiles
-        assert column < width
-        found.append((row, band * band_tiles + column))
-        bands.append(band)
-    assert sorted(found) == [(row, column) for row in range(row_tiles) for column in range(column_tiles)]
-    assert bands == sorted(bands), "a program that claims tiles in their order leaves a band for good"
-
-
-def test_plan_starts_its_counters_at_zero():
-    plan = tiles.plan_tiles(offsets([3, 0, 200]), 203)
-    assert plan.ready_X[: int(plan.tile_count)].tolist() == [0] * 3
-    assert plan.claimed_up.tolist() == plan.claimed_down.tolist() == plan.begun.tolist() == [0]
-    assert plan.done_B.tolist() == [0] * tiles.BANDS
-
-
-@pytest.mark.parametrize("column_tiles", [1, 3, 16])
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=[why.replace(" ", "_") for why in COUNTS])
-def test_rows_are_gathered_in_the_order_in_which_they_are_wanted(counts, column_tiles):
-    """What find_unit reckons, in Python: the first output tile that wants a row tile, and that none wants an earlier
-    one for the first time. So who gathers in turn, up to what is wanted soon, never holds back what is wanted first."""
-    plan = tiles.plan_tiles(offsets(counts), sum(counts), 128, 4)
-    table = plan.tiles_X5[: int(plan.tile_count)].tolist()
-    first_use: dict[int, int] = {}
-    for tile in range(len(table) * column_tiles):
-        first, size = table[tile // column_tiles][3:]
-        first_use.setdefault(first + (tile - first * column_tiles) % size, tile)
-    assert list(first_use) == list(range(len(table)))
-    assert all(first_use[i] == entry[3] * (column_tiles - 1) + i for i, entry in enumerate(table))
-
-
-def test_spread_rows_writes_every_slot_and_nothing_else():
-    T, K, D, P = 5, 3, 1032, 40
-    x_TD = torch.randn(T, D, device=DEVICE)
-    row_of_slot_TK = torch.randperm(P, device=DEVICE)[: T * K].view(T, K).int()
-    rows_RD = torch.full((P, D), torch.nan, device=DEVICE)
-    tiles.spread_rows(x_TD, row_of_slot_TK, rows_RD)
-    expected_RD = torch.full_like(rows_RD, torch.nan)
-    expected_RD[row_of_slot_TK.long()] = x_TD[:, None]
-    torch.testing.assert_close(rows_RD, expected_RD, rtol=0, atol=0, equal_nan=True)
-    tiles.spread_rows(x_TD[:0], row_of_slot_TK[:0], rows_RD)
-
-
-def test_gate_and_up_alternate_in_blocks_of_8():
-    gate, up = torch.randn(2, 24, 4), torch.randn(2, 24, 4)
-    mixed = tiles.interleave_gate_up(torch.cat([gate, up], 1))
-    for block in range(3):
-        rows = slice(8 * block, 8 * block + 8)
-        assert torch.equal(mixed[:, 16 * block : 16 * block + 8], gate[:, rows])
-        assert torch.equal(mixed[:, 16 * block + 8 : 16 * block + 16], up[:, rows])
 
 
 # ---- what the launchers refuse
@@ -505,140 +369,7 @@ def test_machine_code_of_training_is_as_planned(kernel, gathered):
     assert found.registers == 168
 
 
-# ---- the plain kernels: machine code, and answers in the interpreter
-
-
-def plain_request(kernel: str, sm: int) -> Request:
-    """A plain kernel for a target."""
-    tile = plain_gemm.tile_for(sm)
-    weights = f"tensordesc<bf16[{tile.block_N}, {tile.block_K}]>" if tile.tma else "*bf16"
-    first = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32"} if "up" in kernel else {"hidden_ptr": "*bf16"}
-    last = {"hidden_ptr": "*bf16"} if "up" in kernel else {"y_ptr": "*bf16"}
-    tables = {"offsets_ptr": "*i32", "tiles_ptr": "*i32", "tile_count_ptr": "*i32"}
-    signature = {**first, "weights": weights, **last, **tables, "E": "i32", "D8": "i32", "F8": "i32"}
-    constants = {"load_weights": f"{plain_gemm.__name__}.{'tma' if tile.tma else 'pointer'}_weights",
-                 "BLOCK_M": tile.block_M, "BLOCK_N": tile.block_N, "BLOCK_K": tile.block_K}
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return Request(f"{kernel} sm_{sm}", "labs.kernels.plain_gemm", kernel, signature, constants, aligned,
-                   tile.warps, tile.stages, sm)
-
-
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-
-
-@pytest.fixture(scope="module")
-def plain_code() -> dict[str, Compiled]:
-    return compile_all([plain_request(f"plain_{which}_kernel", sm) for which in ("up", "down") for sm in SHARED_MEMORY])
-
-
-@pytest.mark.parametrize("sm", SHARED_MEMORY)
-@pytest.mark.parametrize("kernel", ["plain_up_kernel", "plain_down_kernel"])
-def test_plain_machine_code_is_as_planned(plain_code, kernel, sm):
-    found = plain_code[f"{kernel} sm_{sm}"]
-    assert found.count("HGMMA" if sm == 90 else "HMMA") > 0, "tensor cores"
-    assert (found.count("UTMALDG") > 0) == (sm == 90), "weights by TMA on Hopper alone"
-    assert found.count(r"LDGSTS.*128") > 0, "16-byte cp.async"
-    assert found.count(r"LDGSTS") == found.count(r"LDGSTS.*128")
-    assert found.count(r"STG") == found.count(r"STG\.E\.128") > 0, "16-byte stores"
-    assert found.count(r"LDL|STL") == 0
-    assert found.stack_bytes == 0
-    assert found.count(r"REDG?\.|ATOMG?\.") == 0, "no atomics: bitwise repeatable"
-    assert found.shared_bytes <= SHARED_MEMORY[sm]
-
-
-def check_plain(case: Case, dtype: torch.dtype, tile: plain_gemm.PlainTile) -> None:
-    """plain_up and plain_down against the oracle; rows past the last expert's stay as they were."""
-    cfg, workload = case.config, Workload(case.config, case.T, dtype, case.routing)
-    weights = make_weights(cfg, dtype, DEVICE)
-    x_TD = make_inputs(workload, weights)
-    scores_TK, expert_ids_TK, _ = route_float64(cfg, weights.router_ED, x_TD)
-    offsets_E1, token_of_row_R, row_of_slot_TK = dispatch(expert_ids_TK, cfg.E)
-    plan = tiles.plan_tiles(offsets_E1, token_of_row_R.numel(), tile.block_M, group=2)
-    hidden_RF = torch.full((token_of_row_R.numel(), cfg.F), torch.nan, dtype=dtype, device=DEVICE)
-    y_RD = torch.full((token_of_row_R.numel(), cfg.D), torch.nan, dtype=dtype, device=DEVICE)
-    gate_up = tiles.interleave_gate_up(weights.gate_up_E2FD)
-    programs = torch.cuda.get_device_properties(0).multi_processor_count if DEVICE == "cuda" else 3
-    plain_gemm.plain_up(x_TD, token_of_row_R, offsets_E1, gate_up, plan, hidden_RF, programs, tile)
-    plain_gemm.plain_down(hidden_RF, offsets_E1, weights.down_EDF, plan, y_RD, programs, tile)
-    assert y_RD[int(offsets_E1[-1]):].isnan().all()
-    out_TD = combine(y_RD, row_of_slot_TK, scores_TK)
-    result = gate(out_TD, oracle(cfg, weights, x_TD), workload)
-    assert result.ok, result.reason
-
-
-SMALL_CASES = (
-    Case("plain", T=64, D=64, F=96, E=4, K=2),
-    Case("odd sizes", T=37, D=40, F=24, E=6, K=3),
-    Case("one token", T=1, D=32, F=16, E=4, K=2),
-    Case("one expert takes all rows", T=200, D=32, F=72, E=8, K=1, routing="one_hot"),
-    Case("empty experts", T=40, D=104, F=16, E=16, K=2, routing="sparse"),
-    Case("skewed", T=90, D=32, F=136, E=8, K=2, routing="skewed"),
-)
-SMALL_TILE = plain_gemm.PlainTile(64, 64, 32, warps=4, stages=2, tma=False)
-
-
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
-def test_plain_answers(case, dtype, tma):
-    if DEVICE == "cuda":
-        pytest.skip("the interpreter's; the compiled kernels' answers are checked below")
-    check_plain(case, dtype, SMALL_TILE._replace(tma=tma))
-
-
-def test_plain_kernels_refuse_unknown_targets_and_empty_calls_return():
-    with pytest.raises(ValueError, match="sm_100"):
-        plain_gemm.tile_for(100)
-    plan = tiles.plan_tiles(offsets([0, 0]), 0, 64)
-    empty, weights = torch.empty(0, 16, device=DEVICE), torch.empty(2, 16, 16, device=DEVICE)
-    plain_gemm.plain_down(empty, offsets([0, 0]), weights, plan, empty, 1, SMALL_TILE)
-
-
 # ---- answers, on a GPU
-
-CASES = (
-    Case("plain", T=256, D=256, F=256, E=8, K=2),
-    Case("odd sizes", T=257, D=264, F=136, E=7, K=3),
-    Case("one K step", T=100, D=64, F=64, E=4, K=2),
-    Case("less than a K step", T=70, D=8, F=8, E=4, K=2),
-    Case("one token", T=1, D=256, F=256, E=8, K=2),
-    Case("one expert takes all rows", T=3000, D=512, F=512, E=8, K=1, routing="one_hot"),
-    Case("empty experts", T=512, D=512, F=256, E=16, K=4, routing="sparse"),
-    Case("fewer rows than a tile", T=64, D=320, F=384, E=64, K=4, routing="skewed"),
-    Case("many tiles a program", T=2048, D=1024, F=768, E=32, K=8),
-    Case("several bands, the last one narrow", T=1000, D=1288, F=136, E=8, K=8),
-    Case("fewer tokens than programs", T=70, D=2048, F=64, E=16, K=5),
-    Case("one choice", T=3001, D=1536, F=128, E=4, K=1),
-    Case("three choices, several bands", T=300, D=1288, F=72, E=6, K=3),
-    Case("two blocks a band", T=200, D=4104, F=64, E=4, K=2),
-    Case("one token, several bands", T=1, D=4104, F=64, E=4, K=2),
-    Case("more than 2 to the 31 elements", T=40000, D=8192, F=256, E=8, K=8),
-)
-
-
-SPARE_ROWS = 70  # beyond the routed rows, as a routing that rounds down leaves them
-
-
-def dispatch(expert_ids_TK: torch.Tensor, E: int) -> tuple[torch.Tensor, ...]:
-    """offsets_E1, token_of_row and row_of_slot_TK by sorting: slow, obvious, with a host sync."""
-    (T, K), device = expert_ids_TK.shape, expert_ids_TK.device
-    ids_R, slot_of_row_R = expert_ids_TK.flatten().sort(stable=True)
-    offsets_E1 = offsets(torch.bincount(ids_R, minlength=E).tolist())
-    tokens = torch.full((T * K + SPARE_ROWS,), 2**31 - 1, dtype=torch.int32, device=device)  # past x's end
-    tokens[: T * K] = slot_of_row_R // K
-    row_of_slot_TK = torch.empty(T * K, dtype=torch.int32, device=device)
-    row_of_slot_TK[slot_of_row_R] = torch.arange(T * K, dtype=torch.int32, device=device)
-    return offsets_E1, tokens, row_of_slot_TK.view(T, K)
-
-
-def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
-    """(P, D) -> (T, D): each token's rows times their scores, summed in float32, one slot at a time."""
-    T, K = row_of_slot_TK.shape
-    out_TD = torch.zeros(T, y_RD.shape[1], device=y_RD.device)
-    for k in range(K):
-        out_TD += scores_TK[:, k, None].float() * y_RD[row_of_slot_TK[:, k]]
-    return out_TD.to(y_RD.dtype)
-
 
 class Buffers:
     """Output buffers full of NaN, with rows beyond their end that nobody may write."""
@@ -752,40 +483,24 @@ def needs_sm_90() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_answers_on_hard_cases(case):
     needs_sm_90()
-    child("answers", str(case))
+    child("tests.test_kernels_gemm", "answers", str(case))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_combined_answers_on_hard_cases(case):
     needs_sm_90()
-    child("combined", str(case))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES[:-1], ids=str)
-def test_plain_answers_on_hard_cases(case):
-    sm = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    if sm not in plain_gemm.TILES:
-        pytest.skip(f"no tile for sm_{sm}")
-    child("plain", str(case), str(sm))
+    child("tests.test_kernels_gemm", "combined", str(case))
 
 
 @pytest.mark.gpu
 def test_no_rows_at_all():
     needs_sm_90()
-    child("no_rows")
+    child("tests.test_kernels_gemm", "no_rows")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "no_rows":
         check_no_rows()
     else:
-        chosen = next(case for case in CASES if str(case) == sys.argv[2])
-        if sys.argv[1] == "answers":
-            check_answers(chosen)
-        elif sys.argv[1] == "combined":
-            check_combined(chosen)
-        else:
-            for tile in {plain_gemm.tile_for(int(sys.argv[3])), plain_gemm.CONSUMER}:
-                check_plain(chosen, torch.bfloat16, tile)
+        {"answers": check_answers, "combined": check_combined}[sys.argv[1]](case_of(sys.argv[2]))

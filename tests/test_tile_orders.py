@@ -19,7 +19,7 @@ from common.model import make_weights
 from labs.kernels import tile_orders
 from labs.kernels.tiles import plan_tiles
 from labs.studies import study
-from tests.test_kernels_gemm import slow_plan
+from tests.test_tile_plan import slow_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANDOM = random.Random(0)
