@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
@@ -50,6 +51,12 @@ def caption(runs: Sequence[Run]) -> str:
     return (f"{run.preset}: D={shape['D']} F={shape['F']} E={shape['E']} K={shape['K']}, {run.dtype}, {run.routing} "
             f"routing  |  {env['gpu']}, torch {env['torch']}, Triton {env['triton']}  |  commit {', '.join(commits)}, "
             f"{', '.join(dates)}")
+
+
+def put_under(fig: Figure, words: str) -> None:
+    """A caption under the figure, broken between the parts that "  |  " separates if it is too long for a line."""
+    whole = "  |  ".join(part.replace(" ", "\xa0") for part in words.split("  |  "))
+    fig.supxlabel(fill(whole, 170).replace("\xa0", " "), fontsize=12, color="#555")
 
 
 def panels(runs: Sequence[Run]) -> list[Run]:
@@ -116,7 +123,7 @@ def figure(runs: Sequence[Run], title: str, columns: int) -> tuple[Figure, list[
     """A captioned 16:9 figure with `columns` axes side by side."""
     fig, axes = plt.subplots(1, columns, squeeze=False, sharey=True, layout="constrained")
     fig.suptitle(title, fontsize=26, fontweight="bold")
-    fig.supxlabel(caption(runs), fontsize=12, color="#555")
+    put_under(fig, caption(runs))
     return fig, list(axes[0])
 
 
@@ -262,7 +269,7 @@ def peers(runs: Sequence[Run]) -> Figure:
     across = 2 if len(chosen) == 4 else min(len(chosen), 3)
     fig, axes = plt.subplots(-(-len(chosen) // across), across, squeeze=False, layout="constrained")
     fig.suptitle("Beside other libraries: same weights, same rounds\n", fontsize=26, fontweight="bold")
-    fig.supxlabel(caption(chosen), fontsize=12, color="#555")
+    put_under(fig, caption(chosen))
     for ax in axes.flat[len(chosen):]:
         ax.set_visible(False)
     for ax, run in zip(axes.flat, chosen, strict=False):

@@ -30,8 +30,6 @@ from tests.cases import Case
 from tests.gemm_cases import CASES, case_of, child, combine, dispatch, offsets
 from tests.machine_code import Compiled, Request, compile_all
 
-ROWS = tiles.ROWS
-
 
 # ---- what the launchers refuse
 

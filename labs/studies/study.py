@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
 
 import torch
 
-from common.charts import STYLE
+from common.charts import STYLE, put_under
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
 from common.measure import Spread, WallClock, environment, interleave
 from common.results import gpu_slug
@@ -241,8 +240,7 @@ def figure(title: str, under: str, columns: int = 1, widths: list[float] | None 
     fig, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
                              gridspec_kw={"width_ratios": widths or [1] * columns})
     fig.suptitle(title, fontsize=26, fontweight="bold")
-    whole = "  |  ".join(part.replace(" ", "\xa0") for part in under.split("  |  "))  # break between parts alone
-    fig.supxlabel(fill(whole, 170).replace("\xa0", " "), fontsize=12, color="#555")
+    put_under(fig, under)
     return fig, list(axes.flat)
 
 
