@@ -21,7 +21,7 @@ help:            ## show this list
 $(VENV)/.ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --progress-bar off -r requirements-dev.txt
+	$(PY) -m pip install -r requirements-dev.txt
 	touch $@
 
 run: $(READY)    ## the main job: run, gate, time and chart every level (ARGS="--tokens 64" ...)

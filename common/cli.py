@@ -8,7 +8,7 @@ import os
 import torch
 
 from common.config import DEFAULT_TOKENS, DTYPES, PRESETS, ROUTING_MODES, Workload, parse_dtype, parse_shape, preset
-from common.level import Level, check_device_dtype, discover
+from common.level import Level, Unsupported, check_device_dtype, discover
 from common.run import Interrupted, run_workload
 from common.show import Screen, error_exit, gate_line, run_table
 
@@ -76,7 +76,12 @@ def run_alone(level: Level) -> int:
         screen.print(f"[bold]Level {level.number}, {level.name}[/]: {level.adds}")
         for workload in workloads:
             try:
+                if not args.below:
+                    level.check_supported(device, workload.dtype)  # before weights are drawn for nothing
                 run = run_workload(workload, levels, (), device, rounds, screen.reporter(workload))
+            except Unsupported as lack:
+                screen.print(f"{level.name}: n/a ({lack})")
+                continue
             except ValueError as error:
                 return error_exit(error)
             except Interrupted as stop:

@@ -10,6 +10,7 @@ import datetime
 import gc
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -158,7 +159,9 @@ class WallClock:
 
 def interleave(calls: Sequence[Callable[[], object]], rounds: int, clock: WallClock,
                seconds_each: float) -> Iterator[list[list[float]]]:
-    """Time every call once a round, in order; after each round yield the milliseconds per call so far.
+    """Time every call once a round, in an order that is shuffled anew, the same at every run; after each round yield
+    the milliseconds per call so far. In one order for all rounds a call always ran on the chip that the same other had
+    heated.
 
     The yielded list is the same one each time, so whoever interrupts keeps what was sampled. A call
     whose rounds would take over `seconds_each` skips rounds at an even stride, but is timed in at
@@ -166,10 +169,12 @@ def interleave(calls: Sequence[Callable[[], object]], rounds: int, clock: WallCl
     """
     samples: list[list[float]] = [[] for _ in calls]
     strides = [1] * len(calls)
+    shuffle, order = random.Random(0).shuffle, list(range(len(calls)))
     for i in range(rounds):
-        for call, taken, stride in zip(calls, samples, strides, strict=True):
-            if i % stride == 0:
-                taken.append(clock(call))
+        shuffle(order)
+        for place in order:
+            if i % strides[place] == 0:
+                samples[place].append(clock(calls[place]))
         if i == 0:
             affordable = [max(3, int(seconds_each * 1e3 / max(first, 1e-3))) for (first,) in samples]
             strides = [max(1, rounds // count) for count in affordable]

@@ -171,8 +171,9 @@ def measure_shape(cfg: MoEConfig, T: int, dtype: torch.dtype, rounds: int, optio
         calls |= {f"{name}: forward": lambda name=name: problem.forward(name),
                   f"{name}: step": lambda name=name: problem.step(name)}
         collect(options.device)
-    options.say(f"{cfg.name}, T={T}: timing {rounds} rounds")
-    times = time_together(calls, WallClock(options.device), rounds, SECONDS_EACH)
+    options.say(f"{cfg.name}, T={T}: warming")
+    times = time_together(calls, WallClock(options.device), rounds, SECONDS_EACH,
+                          lambda text: options.say(f"{cfg.name}, T={T}: {text}"))
     for row in rows:
         row |= {"forward_ms": times[f"{row['name']}: forward"], "step_ms": times[f"{row['name']}: step"]}
     predicted = activation_bytes(T, cfg.D, cfg.F, cfg.E, cfg.K, dtype.itemsize) / MIB

@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, item in ITEMS.items():
         if args.words and not any(word in name for word in args.words):
             continue
+        print(f"checklist: {name} ...", file=sys.stderr, flush=True)
         try:
             outcome = item(torch.device(args.device))
         except Unsupported as lack:

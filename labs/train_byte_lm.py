@@ -103,7 +103,7 @@ def conclude(figures: dict) -> str:
 def draw(figures: dict, under: str) -> dict[str, Figure]:
     """Loss curves of the two backends; Gini over the steps of all runs."""
     size = " ".join(f"{letter}={value}" for letter, value in figures["size"].items())
-    fig, (losses, balance) = figure("A byte-level MoE language model: two backends, three ways to balance",
+    fig, (losses, balance) = figure("A byte-level MoE language model: two backends; with and without balancing",
                                     f"{size}, {figures['dtype']}, seed {figures['seed']}  |  {under}", columns=2)
     steps = range(1, figures["steps"] + 1)
     for name, style, color in ((LOOP, "-", COLORS[1]), (OPTIMIZED, "--", COLORS[0])):

@@ -195,7 +195,7 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
                        label=f"{mode}, {label}")
     right.set(xlabel="capacity factor", ylabel="% dropped, of all rows or all scores", title="Dropped, weakest first")
     right.grid(alpha=0.3)
-    right.legend(fontsize=14)
+    right.legend(fontsize=14, handlelength=4)
     return {"": fig, "training": draw_trainings(figures["training"], under)}
 
 

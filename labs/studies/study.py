@@ -299,12 +299,15 @@ class GpuClock:
 
 
 def time_together(calls: dict[str, Callable[[], object]], clock: WallClock | GpuClock, rounds: int,
-                  seconds_each: float = 1.0) -> dict[str, dict[str, float]]:
+                  seconds_each: float = 1.0,
+                  say: Callable[[str], None] = lambda text: None) -> dict[str, dict[str, float]]:
     """Warm every call, then time all in interleaved rounds: name -> {p20, p50, p80} milliseconds. A call that would
-    take over `seconds_each` is timed in fewer rounds, at least three."""
+    take over `seconds_each` is timed in fewer rounds, at least three. `say` hears of each round."""
     for call in calls.values():
         clock(call)
-    *_, samples = interleave(list(calls.values()), rounds, clock, seconds_each)
+    for i, taken in enumerate(interleave(list(calls.values()), rounds, clock, seconds_each), start=1):
+        say(f"round {i} of {rounds}")
+        samples = taken
     return {name: vars(Spread.of(taken)) for name, taken in zip(calls, samples, strict=True)}
 
 

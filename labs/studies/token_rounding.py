@@ -54,6 +54,7 @@ from labs.studies.study import (
 
 MODES = ("exact", "nearest", "up", "down", "balance")
 TRAINED = ("exact", "nearest", "up", "down")
+COLOR_OF = dict(zip(MODES, COLORS, strict=False))
 FILLS = (0.5, 1, 2, 4, 8, 16)  # mean rows an expert, in tiles
 TILES = {64: PlainTile(64, 256, 64, warps=4, stages=4, tma=True), 128: HOPPER,
          256: PlainTile(256, 128, 64, warps=8, stages=3, tma=True)}
@@ -190,6 +191,7 @@ def quality(options: Options, steps: int, seeds: int) -> dict:
         rounding = None if mode == "exact" else mode
         runs, changed = [], []
         for seed in range(seeds):
+            options.say(f"training, {mode}, seed {seed}")
             share: list[float] = []
 
             def watch(step: int, model: torch.nn.Module, share: list[float] = share) -> None:
@@ -281,9 +283,10 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
     for ax, tile in zip(axes, tiles, strict=True):
         points = [point for point in figures["speed"] if point["tile"] == tile]
         fills = [point["fill"] for point in points]
-        for mode, color in zip(MODES[1:], COLORS, strict=False):
+        for mode in MODES[1:]:
             if mode not in points[0]["modes"]:
                 continue
+            color = COLOR_OF[mode]
             ax.plot(fills, [point["modes"][mode]["ideal_speedup"] for point in points], "--", lw=2, color=color,
                     gid=f"{mode} ideal")
             exact = [point["modes"]["exact"]["gemm_ms"]["p50"] for point in points]
@@ -313,7 +316,8 @@ def draw_quality(trained: dict, under: str) -> Figure:
         f"byte-level MoE language model, {words}, tile {trained['tile']} (an expert has "
         f"{trained['rows_per_expert_in_tiles']:g} on average), {trained['seeds']} seeds  |  {under}", columns=3)
     exact = trained["modes"]["exact"]["evaluations"]
-    for place, ((mode, one), color) in enumerate(zip(trained["modes"].items(), COLORS, strict=False)):
+    for place, (mode, one) in enumerate(trained["modes"].items()):
+        color = COLOR_OF[mode]
         steps = [step for step, _ in one["evaluations"][0]]
         at = [[run[i][1] for run in one["evaluations"]] for i in range(len(steps))]
         spread_line(left, steps, [vars(Spread.of(values)) for values in at], mode, color)

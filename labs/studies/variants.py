@@ -259,7 +259,8 @@ def conclude(figures: dict) -> str:
         saved = size["training"]
         words = ""
         if saved["full"].get("peak_mib") and saved["grouped"].get("peak_mib"):
-            words = f", with {number(saved['full']['peak_mib'] / saved['grouped']['peak_mib'])} of grouped's memory"
+            words = (f", this with {number(saved['full']['peak_mib'] / saved['grouped']['peak_mib'])} of grouped's "
+                     "memory")
         better = [f"in {mode} {best} is faster, {number(ran[best]['speedup'])} times" for mode, ran, best in
                   ((mode, size[mode], faster_than_full(size[mode])) for mode in ("inference", "training")) if best]
         slower = f" ({', '.join(better)})" if better else ""

@@ -587,12 +587,13 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
 def conclude(figures: dict) -> str:
     """For every idea: where it is no slower than the plain way. The gains, and what is faster still, are in the table;
     of an idea that turns somewhere, the sweeps in which it does not are left to the table too."""
-    parts = []
+    some, never = [], []
     for (idea, plain), group in groupby(sweeps(figures), lambda one: (one["idea"], one["plain"])):
         turns = [f"{where(one['points']).removeprefix('no slower ')} ({one['axis']})" for one in group
                  if any(map(no_slower, one["points"]))]
-        parts.append(f"{idea} than {plain} {' and '.join(turns) or 'at no measured size'}")
-    return f"No slower, within {SLACK:.0%}, is {'; '.join(parts) or 'none, as none ran here'}."
+        (some if turns else never).append(f"{idea} against {plain}{' ' * bool(turns)}{' and '.join(turns)}")
+    return (f"As fast as the plain way, within {SLACK:.0%}, or faster: {'; '.join(some) or 'none'}; at no measured "
+            f"size: {'; '.join(never) or 'none'}.")
 
 
 STUDY = Study("what_does_not_help", "Which tempting ideas do not help, why, and at what size would they?", measure,
