@@ -255,8 +255,9 @@ PEERS = (
     _transformers("batched_mm"),
     _transformers("eager"),
     Peer("vLLM fused_moe", "vllm.model_executor.layers.fused_moe", "pip install vllm", connect_vllm, graph=True),
-    Peer("ScatterMoE", "scattermoe", "install from github.com/shawntan/scattermoe", connect_scattermoe),
-    Peer("SonicMoE", "sonicmoe", "install from github.com/Dao-AILab/sonic-moe (CUDA 12.9, Python 3.12)",
+    Peer("ScatterMoE", "scattermoe", "pip install git+https://github.com/shawntan/scattermoe", connect_scattermoe),
+    Peer("SonicMoE", "sonicmoe", "pip install sonic-moe (CUDA 12.9 on, Python 3.12, Hopper on)",
          connect_sonicmoe, tie_margin=ROUNDED_LOGITS),
-    Peer("DeepGEMM", "deep_gemm", "install from github.com/deepseek-ai/DeepGEMM", connect_deepgemm),
+    Peer("DeepGEMM", "deep_gemm", "git clone --recursive github.com/deepseek-ai/DeepGEMM, then its install.sh",
+         connect_deepgemm),
 )

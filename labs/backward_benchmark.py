@@ -38,7 +38,6 @@ from labs.moe_layer.definition import Errors
 from labs.moe_layer.memory import measure_kept_bytes
 from labs.studies.study import (
     COLORS,
-    ROOT,
     Options,
     Refused,
     Study,
@@ -46,6 +45,7 @@ from labs.studies.study import (
     legend_above,
     main,
     plain_table,
+    positive,
     time_together,
 )
 
@@ -302,25 +302,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, help="timed rounds (default: 12, 2 without a GPU)")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1")
-    return int(text)
-
-
 STUDY = Study("backward", "What do the training kernels bring, in time and memory?", measure, table, draw, conclude,
               label=lambda figures: "" if len(figures["shapes"]) > 1 else figures["shapes"][0]["config"],
-              arguments=arguments)
-
-
-def into_training_folder(argv: list[str]) -> list[str]:
-    """The arguments, with plots/training (a GPU's figures) or out/training as the folder where none is named."""
-    if any(word.startswith(("--out", "--plot")) for word in argv):
-        return argv
-    on_gpu = torch.cuda.is_available() and "cpu" not in argv
-    return [*argv, "--out", str(ROOT / ("plots" if on_gpu else "out") / "training")]
+              arguments=arguments, folder="training")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(STUDY, into_training_folder(sys.argv[1:])))
+    raise SystemExit(main(STUDY))

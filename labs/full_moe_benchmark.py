@@ -39,7 +39,7 @@ from labs.full_moe import OptimizedMoELayer
 from labs.moe_layer.definition import errors_against_definition, kept_experts
 from labs.moe_layer.huggingface import share_parameters
 from labs.moe_layer.memory import measure_kept_bytes
-from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, legend_above, main, plain_table
+from labs.studies.study import COLORS, Options, Refused, Study, figure, legend_above, main, plain_table, positive
 
 # T tokens, D model width, F expert width, E experts, K top-k.
 
@@ -146,7 +146,14 @@ def measure(options: Options) -> dict:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     workload = Workload(cfg, T, dtype)
     options.say("drawing weights and tokens")
-    weights = make_weights(cfg, dtype, device)
+    try:
+        weights = make_weights(cfg, dtype, device)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, a CPU without memory gives a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        weights_gib = 3 * cfg.E * cfg.F * cfg.D * dtype.itemsize / 2**30
+        raise ValueError(f"--config {cfg.name}: its weights alone are {weights_gib:.1f} GiB in {dtype}, more than this "
+                         "machine has") from error
     x_TD = make_inputs(workload, weights)
     base = OptimizedMoELayer(cfg.D, cfg.F, cfg.E, cfg.K, device="meta")
     base.gate.weight, base.experts.gate_up_proj, base.experts.down_proj = (
@@ -349,24 +356,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, help="timed rounds (default: 10, 3 without a GPU)")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1")
-    return int(text)
-
-
 STUDY = Study("full_moe", "What does each idea bring to OptimizedMoELayer?", measure, table, draw, conclude,
-              label=lambda figures: f"{figures['config']}_{figures['mode']}", arguments=arguments)
-
-
-def into_training_folder(argv: list[str]) -> list[str]:
-    """The arguments, with plots/training (a GPU's figures) or out/training as the folder where none is named."""
-    if any(word.startswith(("--out", "--plot")) for word in argv):
-        return argv
-    on_gpu = torch.cuda.is_available() and "cpu" not in argv
-    return [*argv, "--out", str(ROOT / ("plots" if on_gpu else "out") / "training")]
+              label=lambda figures: f"{figures['config']}_{figures['mode']}", arguments=arguments, folder="training")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(STUDY, into_training_folder(sys.argv[1:])))
+    raise SystemExit(main(STUDY))

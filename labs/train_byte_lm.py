@@ -20,9 +20,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
-from labs.full_moe_benchmark import into_training_folder, positive
 from labs.studies.byte_lm import LARGE, SMALL, TrainingRun, moe_factory, train
-from labs.studies.study import COLORS, Options, Study, figure, main, plain_table
+from labs.studies.study import COLORS, Options, Study, figure, main, plain_table, positive
 
 OPTIMIZED, LOOP = "optimized", "eager loop"
 # Nothing is dropped, so that backends compute the same function; what differs is named.
@@ -132,8 +131,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 STUDY = Study("byte_lm", "Does OptimizedMoELayer learn as the eager loop does, and what evens out its loads?", measure,
-              table, draw, conclude, arguments=arguments)
+              table, draw, conclude, arguments=arguments, folder="training")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(STUDY, into_training_folder(sys.argv[1:])))
+    raise SystemExit(main(STUDY))

@@ -225,13 +225,13 @@ def conclude(figures: dict) -> str:
     losses = {name: one["held_out_loss"] for name, one in remedies.items()}
     others = {name: value for name, value in ends.items() if name != "none"}
     best = min(others, key=others.get)
-    gap = statistics.fmean(losses[best]) - statistics.fmean(losses["none"])
-    spread = max(losses["none"]) - min(losses["none"])
+    gaps = [with_it - without for with_it, without in zip(losses[best], losses["none"], strict=True)]
     same = min(one["same_choice"] for one in figures["temperatures"])
     listed = ", ".join(f"{name} {value:.2f}" for name, value in others.items())
     return (f"After {figures['training']['steps']} steps the Gini coefficient is {ends['none']:.2f} with no remedy "
-            f"({listed}); {best} moves the held-out loss by {gap:+.3f} nats a byte, where seeds alone differ by "
-            f"{spread:.3f}; a temperature leaves {percent(same)} of the choices as they were and changes weights only.")
+            f"({listed}); {best} moves the held-out loss by {statistics.fmean(gaps):+.3f} nats a byte "
+            f"({min(gaps):+.3f} to {max(gaps):+.3f} over {len(gaps)} seeds); a temperature leaves {percent(same)} of "
+            "the choices as they were and changes weights only.")
 
 
 STUDY = Study("routing", "How does a router spread its tokens, what does a capacity drop, and what evens the load out?",

@@ -47,7 +47,8 @@ class Options:
 class Study:
     """One question. measure(options) -> figures; table(figures) -> what to print; draw(figures, caption) -> file name
     suffix -> chart; conclude(figures) -> the sentence that they support; label(figures) -> what tells apart two
-    recordings on one machine; arguments(parser) adds the study's own. timed: its figures are times."""
+    recordings on one machine; arguments(parser) adds the study's own. timed: its figures are times. folder: of plots or
+    out, for its files."""
 
     name: str
     question: str
@@ -58,6 +59,7 @@ class Study:
     label: Callable[[dict], str] = lambda figures: ""
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     timed: bool = True
+    folder: str = "studies"
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def main(study: Study, argv: list[str] | None = None) -> int:
             console.print(f"[bold]{study.name}[/]: {study.question}")
             stamp = environment(device)
             record = make_record(study, study.measure(options), stamp, options.full)
-            out = args.out or default_folder(device)
+            out = args.out or default_folder(device, study)
             path = save(record, study, out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -122,8 +124,8 @@ def parse_arguments(study: Study, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: the GPU if there is one")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, as on a CPU")
-    parser.add_argument("--out", type=Path, help="folder for JSON and charts (default: plots/studies with a GPU, "
-                                                 "out/studies without)")
+    parser.add_argument("--out", type=Path, help=f"folder for JSON and charts (default: plots/{study.folder} with a "
+                                                 f"GPU, out/{study.folder} without)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="measure nothing: draw this JSON's "
                         "charts again, and renew its sentence")
     study.arguments(parser)
@@ -135,9 +137,16 @@ def parse_arguments(study: Study, argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def default_folder(device: torch.device) -> Path:
-    """plots/studies for recorded GPU figures; a CPU's go to out/studies, which git ignores."""
-    return ROOT / ("plots" if device.type == "cuda" else "out") / "studies"
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1")
+    return int(text)
+
+
+def default_folder(device: torch.device, study: Study) -> Path:
+    """In plots for recorded GPU figures; a CPU's go to out, which git ignores."""
+    return ROOT / ("plots" if device.type == "cuda" else "out") / study.folder
 
 
 def shown(path: Path) -> str:
