@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from common.level import LABS, discover
 from tests.cases import IDS, LEVELS
@@ -75,5 +76,8 @@ def test_a_level_runs_alone_from_any_folder(loaded, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert loaded.level.adds in " ".join(done.stdout.split())
+    if "cuda" in loaded.level.requires and not torch.cuda.is_available():
+        assert f"{loaded.level.name}: n/a (needs CUDA)" in done.stdout
+        return
     assert f"│ {loaded.level.number} │" in done.stdout
-    assert re.search(r"gate of \w+: (passed, relative error|not reached, n/a \(needs CUDA\))", done.stdout)
+    assert re.search(r"gate of \w+: passed, relative error", done.stdout)
