@@ -26,10 +26,11 @@ class Row:
 
     kind: level, reference or peer. variant: exact or rounded routing. status: one of STATUSES, with
     `reason` where it is not ok. build_s: building, compiling and the first call. samples: timed
-    calls. peak_mib: memory above weights, input and output. roofline_share and bound_share: the
-    roofline's and the cuBLAS bound's time over this one's. rounding: of a rounded row, tile, mode,
-    what changed (see labs/kernels/rounding.py) and gpu_us, the microseconds of rounding's own kernels;
-    its tflops and shares count the rows that it computes, not T*K.
+    calls; rounds_ms: each of them, in the order of the rounds, for drifts and outliers to show in.
+    peak_mib: memory above weights, input and output. roofline_share and bound_share: the roofline's
+    and the cuBLAS bound's time over this one's. rounding: of a rounded row, tile, mode, what changed
+    (see labs/kernels/rounding.py) and gpu_us, the microseconds of rounding's own kernels; its tflops
+    and shares count the rows that it computes, not T*K.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Row:
     wall_ms: Spread | None = None
     gpu_ms: Spread | None = None
     samples: int = 0
+    rounds_ms: list[float] = field(default_factory=list)
     launches: int | None = None
     host_syncs: int | None = None
     build_s: float | None = None

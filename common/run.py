@@ -221,6 +221,7 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
     for i, samples in enumerate(interleave(calls, rounds, clock, SECONDS_EACH)):
         for subject, taken in zip(ready, samples, strict=False):
             subject.row.wall_ms, subject.row.samples = Spread.of(taken), len(taken)
+            subject.row.rounds_ms = [round(milliseconds, 4) for milliseconds in taken]
         if ceilings:
             run.ceilings = ceilings.rates(samples[len(ready):])
         _derive(run)

@@ -93,9 +93,10 @@ def test_a_red_level_gets_no_time_and_a_red_exit(fault, tmp_path):
     right, red = recorded.levels
     assert status == 1
     assert right.status == "ok"
-    assert right.wall_ms is not None
+    assert right.wall_ms.p50 == pytest.approx(sum(right.rounds_ms) / 2, rel=1e-3), "the median of two rounds"
     assert red.status == "failed"
     assert red.wall_ms is None
+    assert red.rounds_ms == []
     assert reason in red.reason
 
 
