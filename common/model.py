@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +64,19 @@ def make_weights(cfg: MoEConfig, dtype: torch.dtype, device: torch.device | str,
         return out
 
     return Weights(draw(cfg.E, cfg.D), draw(cfg.E, 2 * cfg.F, cfg.D), draw(cfg.E, cfg.D, cfg.F))
+
+
+@contextmanager
+def must_fit(what: str, cfg: MoEConfig, dtype: torch.dtype) -> Iterator[None]:
+    """Where memory runs out inside, raise ValueError that `what` does not fit, and how large its weights are."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, a CPU without memory gives a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        weights_gib = 3 * cfg.E * cfg.F * cfg.D * dtype.itemsize / 2**30
+        raise ValueError(f"{what} does not fit this machine: its weights alone are {weights_gib:.1f} GiB, and the "
+                         "float64 oracle needs room beside them") from error
 
 
 def make_inputs(workload: Workload, weights: Weights) -> torch.Tensor:

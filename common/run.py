@@ -18,7 +18,7 @@ from common.measure import (
     Ceilings, Forward, Gate, PeakMemory, Spread, WallClock, check_finite, count_host_syncs, environment, error_bound,
     gate, interleave, profile_call,
 )
-from common.model import Oracle, Weights, make_inputs, make_weights, oracle
+from common.model import Oracle, Weights, make_inputs, make_weights, must_fit, oracle
 from common.peers import NotInstalled, Peer
 from common.references import BOUND, Reference
 from common.results import Row, Run, new_run
@@ -69,7 +69,7 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
     inputs and oracle do not fit the GPU.
     """
     cfg = workload.config
-    try:
+    with must_fit(f"{cfg.name} at {workload.T} tokens", cfg, workload.dtype):
         reporter.stage("drawing weights and inputs")
         weights = make_weights(cfg, workload.dtype, device, workload.seed)
         batches = [make_inputs(replace(workload, seed=seed), weights)
@@ -78,12 +78,6 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
             check_finite(x_TD, weights)
         reporter.stage("computing the float64 oracle")
         expected = [oracle(cfg, weights, x_TD) for x_TD in batches]
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, a CPU without memory gives a plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        weights_gib = 3 * cfg.E * cfg.F * cfg.D * workload.dtype.itemsize / 2**30
-        raise ValueError(f"{cfg.name} at {workload.T} tokens does not fit this machine: its weights alone are "
-                         f"{weights_gib:.1f} GiB, and the float64 oracle needs room beside them") from error
     active_experts = int((expected[0].rows_E > 0).sum())
     run = new_run(workload, rounds, environment(device), active_experts,
                   flops(workload), least_bytes(workload, active_experts))

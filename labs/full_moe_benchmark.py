@@ -33,7 +33,7 @@ import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter wh
 from common.config import DEFAULT_TOKENS, PRESETS, MoEConfig, Workload, dtype_name, preset
 from common.level import Unsupported
 from common.measure import PeakMemory, Spread, WallClock, error_bound, gate, interleave
-from common.model import Oracle, make_inputs, make_weights, oracle
+from common.model import Oracle, make_inputs, make_weights, must_fit, oracle
 from common.show import number
 from labs.full_moe import OptimizedMoELayer
 from labs.moe_layer.definition import errors_against_definition, kept_experts
@@ -146,15 +146,9 @@ def measure(options: Options) -> dict:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     workload = Workload(cfg, T, dtype)
     options.say("drawing weights and tokens")
-    try:
+    with must_fit(f"--config {cfg.name} at {T} tokens", cfg, dtype):
         weights = make_weights(cfg, dtype, device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, a CPU without memory gives a plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        weights_gib = 3 * cfg.E * cfg.F * cfg.D * dtype.itemsize / 2**30
-        raise ValueError(f"--config {cfg.name}: its weights alone are {weights_gib:.1f} GiB in {dtype}, more than this "
-                         "machine has") from error
-    x_TD = make_inputs(workload, weights)
+        x_TD = make_inputs(workload, weights)
     base = OptimizedMoELayer(cfg.D, cfg.F, cfg.E, cfg.K, device="meta")
     base.gate.weight, base.experts.gate_up_proj, base.experts.down_proj = (
         torch.nn.Parameter(tensor) for tensor in (weights.router_ED, weights.gate_up_E2FD, weights.down_EDF))

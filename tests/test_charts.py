@@ -300,3 +300,15 @@ def test_the_readmes_pictures_exist():
 
 def test_there_are_recorded_runs():
     assert RECORDED
+
+
+def test_a_caption_of_many_commits_stays_inside_the_chart():
+    runs = [replace(run, environment={**ENVIRONMENT, "commit": 12 * digit, "date": f"2026-01-0{digit}"})
+            for run, digit in zip(2 * RUNS, "1234", strict=True)]
+    with plt.rc_context(charts.STYLE):
+        fig = charts.scale(runs)
+        fig.canvas.draw()
+        box = next(text for text in fig.texts if "commit" in text.get_text()).get_window_extent()
+        width = fig.bbox.width
+        plt.close(fig)
+    assert 0 <= box.x0 < box.x1 <= width

@@ -13,6 +13,7 @@ import torch
 
 import common.run
 import level_runner
+from common.cli import run_alone
 from common.config import MoEConfig, Workload, preset
 from common.level import Level, Loaded, discover
 from common.measure import Ceilings, Spread, WallClock, environment, gate, interleave
@@ -348,6 +349,15 @@ def test_a_wider_tie_margin_forgives_only_ties():
 
 
 # ---- the rounds ----------------------------------------------------------------------------------
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="of a machine that a level cannot run on")
+def test_a_level_that_cannot_run_alone_draws_no_weights(monkeypatch, capsys):
+    (level,) = [loaded.level for loaded in discover() if "cuda" in loaded.level.requires][:1]
+    monkeypatch.setattr("common.cli.run_workload", boom)
+    monkeypatch.setattr("sys.argv", ["level", "--preset", "deepseek-v3", "--tokens", "64"])
+    assert run_alone(level) == 0
+    assert f"{level.name}: n/a (needs CUDA)" in capsys.readouterr().out
+
 
 def test_rounds_interleave_and_slow_calls_skip_evenly():
     order: list[str] = []

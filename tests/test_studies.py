@@ -22,6 +22,7 @@ import torch
 
 from labs import checklist
 from labs.studies import (
+    byte_lm,
     grouped_gemm,
     moe_basics,
     peers,
@@ -278,12 +279,13 @@ def test_a_rounding_faster_than_its_tiles_allow_is_remarked():
 
 
 def test_rounding_down_drops_half_a_tile_an_expert():
-    """The learning path's 1/(2n), of the recorded run at n tiles of mean rows."""
+    """The learning path's 1/(2n), of the recorded run at n tiles of mean rows; about that at one: loads are uneven."""
     record = json.loads((study.ROOT / "plots" / "studies" / "h200_token_rounding.json").read_text())
     for point in record["figures"]["speed"]:
         if point["fill"] >= 1:
             down = point["modes"]["down"]
-            assert down["dropped"] / point["modes"]["exact"]["rows"] == pytest.approx(0.5 / point["fill"], rel=0.15)
+            near = pytest.approx(0.5 / point["fill"], rel=0.1 if point["fill"] > 1 else 0.15)
+            assert down["dropped"] / point["modes"]["exact"]["rows"] == near
 
 
 def test_no_memory_above_the_weights_is_shown_as_0(ran):
@@ -312,6 +314,20 @@ def test_rounding_fills_every_tile(ran):
     for point in ran("token_rounding")[0]["figures"]["speed"]:
         assert all(one["utilisation"] == 1 for mode, one in point["modes"].items() if mode != "exact")
         assert point["modes"]["up"]["dropped"] == point["modes"]["exact"]["dropped"] == 0
+
+
+def test_rounding_meets_the_routes_that_the_trained_layer_took():
+    """What is handed to its router is what the layer's own forward gave it: the same rows an expert."""
+    trained = []
+    byte_lm.train(byte_lm.moe_factory(byte_lm.SMALL, capacity_factor=None), steps=2, device="cpu", progress=None,
+                  after_step=lambda step, model: trained.append(model))
+    (layer, model), T = (trained[-1].blocks[-1].mlp, trained[-1]), byte_lm.SMALL.T
+    x_TD = byte_lm.expert_inputs(model, byte_lm.SMALL, T, torch.device("cpu"), torch.float32)
+    rows_E = layer.gate(x_TD).expert_ids_TK.flatten().bincount(minlength=byte_lm.SMALL.E)
+    assert torch.equal(rows_E, layer.rows_E)
+    longer_TD = byte_lm.expert_inputs(model, byte_lm.SMALL, T + 5, torch.device("cpu"), torch.float32)
+    assert longer_TD.shape == (T + 5, byte_lm.SMALL.D)
+    assert torch.equal(longer_TD[:T], x_TD), "the same text at every call"
 
 
 def points(*gains: float) -> list[dict]:
@@ -379,6 +395,15 @@ def test_all_ideas_are_told_in_one_sentence(ran):
     said = what_does_not_help.conclude(ran("what_does_not_help")[0]["figures"])
     assert said.startswith("As fast as the plain way, within 3%, or faster: ")
     assert not re.search(r"\. [A-Z]", said)
+
+    def sweep(idea: str, axis: str, *gains: float) -> dict:
+        return {"idea": idea, "plain": "plain", "axis": axis, "status": "ok", "points": points(*gains)}
+
+    told = what_does_not_help.conclude({"ideas": [
+        sweep("late", "rows", 0.5, 1.2), sweep("late", "width", 0.5, 0.6), sweep("lost", "rows", 0.5, 0.6),
+        {"idea": "absent", "status": "n/a (needs CUDA)"}]})
+    assert told == ("As fast as the plain way, within 3%, or faster: late against plain from 10 on (rows); at no "
+                    "measured size: lost against plain.")
 
 
 def test_a_reason_has_the_wall_time_of_both(monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from labs.kernels import down_combine, tiles
 from tests.gemm_cases import DEVICE, offsets
 
+
 def slow_plan(
     offsets_E1: list[int], tile_rows: int, group: int, order_E: list[int] | None = None
 ) -> list[list[int]]:

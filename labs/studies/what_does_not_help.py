@@ -591,7 +591,10 @@ def conclude(figures: dict) -> str:
     for (idea, plain), group in groupby(sweeps(figures), lambda one: (one["idea"], one["plain"])):
         turns = [f"{where(one['points']).removeprefix('no slower ')} ({one['axis']})" for one in group
                  if any(map(no_slower, one["points"]))]
-        (some if turns else never).append(f"{idea} against {plain}{' ' * bool(turns)}{' and '.join(turns)}")
+        if turns:
+            some.append(f"{idea} against {plain} {' and '.join(turns)}")
+        else:
+            never.append(f"{idea} against {plain}")
     return (f"As fast as the plain way, within {SLACK:.0%}, or faster: {'; '.join(some) or 'none'}; at no measured "
             f"size: {'; '.join(never) or 'none'}.")
 
