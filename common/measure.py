@@ -1,7 +1,8 @@
 """How a callable is checked, timed and weighed. No level and no reference has a ruler of its own.
 
 Order is part of the method: gate first (a wrong result gets no time), then warm, then time in
-interleaved rounds with a cold L2, so that a chip that slows as it heats slows everybody alike.
+interleaved rounds with a cold L2, so that a chip that slows as it heats slows everybody alike, and
+profile last, on the chip that the rounds have warmed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 WORST_ROW_FACTOR = 8
 # Below this gap between the last chosen logit and the first not chosen, float32 may choose either.
 TIE_MARGIN = 1e-4
+# A GPU under load slows for some seconds, by a tenth and more, as it heats and reaches its power limit (labs/LOG.md).
+WARM_SECONDS = 3.0
+# Of load before a call that is profiled: the profiler's start is a pause in which the clock rises again.
+PROFILE_LOAD_SECONDS = 0.2
 # Host calls that put work on the GPU; a graph replay is one, however many kernels it holds.
 LAUNCH_CALLS = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
 
@@ -157,6 +162,18 @@ class WallClock:
         return (time.perf_counter() - start) * 1e3
 
 
+def warm_up(calls: Sequence[Callable[[], object]], clock: WallClock, seconds: float = WARM_SECONDS) -> None:
+    """Run rounds of the calls that do not count, for as many seconds: on a chip that is still cool, each would be
+    timed at a clock that the load of the others does not let it keep. On a CPU nothing happens."""
+    end, order, shuffle = time.perf_counter() + seconds, list(calls), random.Random(1).shuffle
+    while clock.on_gpu:
+        shuffle(order)
+        for call in order:
+            if time.perf_counter() > end:
+                return
+            clock(call)
+
+
 def interleave(calls: Sequence[Callable[[], object]], rounds: int, clock: WallClock,
                seconds_each: float) -> Iterator[list[list[float]]]:
     """Time every call once a round, in an order that is shuffled anew, the same at every run; after each round yield
@@ -191,16 +208,30 @@ class Profile:
     kernels: dict[str, tuple[int, float]]
 
 
-def profile_call(call: Callable[[], object]) -> Profile:
-    """Run `call` once under torch.profiler. Needs CUDA."""
+def profile_call(call: Callable[[], object], clock: WallClock | None = None) -> Profile:
+    """Run `call` once under torch.profiler. Needs CUDA. With a clock, on a chip under the load of the same call, and
+    with a cold L2, as `clock` times it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the profiler's own, about its warm-up
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            if clock:
+                end = time.perf_counter() + PROFILE_LOAD_SECONDS
+                while time.perf_counter() < end:
+                    clock(call)
+                clock(lambda: None)
+            torch.cuda.synchronize()
             call()
             torch.cuda.synchronize()
+    events = profiler.events()
+    on_gpu = [event.time_range for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    waits = [event.time_range.end for event in events if event.name == "cudaDeviceSynchronize"]
+    last = max((there.start for there in on_gpu), default=float("inf"))
+    begin = max((wait for wait in waits if wait <= last), default=float("-inf"))
     intervals, launches, kernels = [], 0, {}
-    for event in profiler.events():
+    for event in events:
         start, end = event.time_range.start, event.time_range.end
+        if start < begin:  # load before the call
+            continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
             intervals.append((start, end))
             count, total = kernels.get(event.name, (0, 0.0))

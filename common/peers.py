@@ -59,27 +59,27 @@ class Peer:
 
 
 class Captured:
-    """A forward behind one CUDA graph, captured at the first call and good for its shape alone. The output is valid
-    until the next call."""
+    """A forward behind CUDA graphs, one for each x that it is called with, read where it lies: for a run's few inputs,
+    which are kept alive. The output is valid until the next call, as the graphs share their memory."""
 
     def __init__(self, forward: Forward):
         self.forward = forward
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        if self.graph is None:
-            self.x_TD = x_TD.clone()
+        if x_TD.data_ptr() not in self.graphs:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.forward(self.x_TD)
+                self.forward(x_TD)
             torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.out_TD = self.forward(self.x_TD)
-        self.x_TD.copy_(x_TD)
-        self.graph.replay()
-        return self.out_TD
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.graphs[x_TD.data_ptr()] = graph, x_TD, self.forward(x_TD)
+        graph, _, out_TD = self.graphs[x_TD.data_ptr()]
+        graph.replay()
+        return out_TD
 
 
 def eager_router(x_TD: torch.Tensor, weights: Weights, workload: Workload) -> tuple[torch.Tensor, torch.Tensor]:

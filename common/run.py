@@ -16,7 +16,7 @@ from common.level import Loaded, Unsupported
 from common.measure import (
     TIE_MARGIN,
     Ceilings, Forward, Gate, PeakMemory, Spread, WallClock, check_finite, count_host_syncs, environment, error_bound,
-    gate, interleave, profile_call,
+    gate, interleave, profile_call, warm_up,
 )
 from common.model import Oracle, Weights, make_inputs, make_weights, must_fit, oracle
 from common.peers import NotInstalled, Peer
@@ -195,12 +195,12 @@ def _record_gate(row: Row, found: Gate) -> None:
 
 def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.device, rounds: int,
           reporter: Reporter) -> None:
-    """Profile and time every ready subject; rows are filled in as rounds go by."""
+    """Time and profile every ready subject; rows are filled in as rounds go by."""
     clock = WallClock(device)
     for subject in list(ready):
-        reporter.stage(f"{subject.row.name}: warming{' and profiling' if clock.on_gpu else ''}")
+        reporter.stage(f"{subject.row.name}: warming")
         try:
-            _warm_and_profile(subject, clock, x_TD)
+            _warm(subject, clock, x_TD)
         except torch.OutOfMemoryError as error:  # it fitted alone, but not beside the buffers of the others
             _record_oom(subject.row, error)
             ready.remove(subject)
@@ -212,6 +212,8 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
         for call in ceilings.calls:
             clock(call)
         calls += ceilings.calls
+        reporter.stage("warming the chip")
+        warm_up(calls, clock)
     for i, samples in enumerate(interleave(calls, rounds, clock, SECONDS_EACH)):
         for subject, taken in zip(ready, samples, strict=False):
             subject.row.wall_ms, subject.row.samples = Spread.of(taken), len(taken)
@@ -221,20 +223,25 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
         _derive(run)
         reporter.stage(f"round {i + 1} of {rounds}")
         reporter.update(run)
+    if clock.on_gpu:
+        for subject in ready:
+            reporter.stage(f"{subject.row.name}: profiling")
+            _profile(subject, clock, x_TD)
+            reporter.update(run)
 
 
-def _warm_and_profile(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
+def _warm(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
     def call() -> torch.Tensor:
         return subject.forward(x_TD)
 
-    milliseconds = clock(call)
-    if not clock.on_gpu:
-        return
-    subject.row.host_syncs = count_host_syncs(call)
-    profiles = []
-    for _ in range(PROFILED_CALLS if milliseconds < 100 else 1):
-        clock(lambda: None)  # a cold L2 here too
-        profiles.append(profile_call(call))
+    clock(call)
+    if clock.on_gpu:
+        subject.row.host_syncs = count_host_syncs(call)
+
+
+def _profile(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
+    count = PROFILED_CALLS if subject.row.wall_ms.p50 < 100 else 1
+    profiles = [profile_call(lambda: subject.forward(x_TD), clock) for _ in range(count)]
     subject.row.launches = profiles[-1].launches
     subject.row.gpu_ms = Spread.of([profile.gpu_ms for profile in profiles])
     if subject.row.rounding is not None:

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from common.config import PRESETS, MoEConfig, preset
-from common.measure import PeakMemory, WallClock
+from common.measure import PeakMemory, WallClock, warm_up
 from common.show import number
 from labs.kernels.backward import activation_bytes, moe_experts
 from labs.moe_layer.definition import Errors
@@ -172,7 +172,9 @@ def measure_shape(cfg: MoEConfig, T: int, dtype: torch.dtype, rounds: int, optio
                   f"{name}: step": lambda name=name: problem.step(name)}
         collect(options.device)
     options.say(f"{cfg.name}, T={T}: warming")
-    times = time_together(calls, WallClock(options.device), rounds, SECONDS_EACH,
+    clock = WallClock(options.device)
+    warm_up(list(calls.values()), clock)
+    times = time_together(calls, clock, rounds, SECONDS_EACH,
                           lambda text: options.say(f"{cfg.name}, T={T}: {text}"))
     for row in rows:
         row |= {"forward_ms": times[f"{row['name']}: forward"], "step_ms": times[f"{row['name']}: step"]}

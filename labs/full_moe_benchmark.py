@@ -32,7 +32,7 @@ from rich.table import Table
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from common.config import DEFAULT_TOKENS, PRESETS, MoEConfig, Workload, dtype_name, preset
 from common.level import Unsupported
-from common.measure import PeakMemory, Spread, WallClock, error_bound, gate, interleave
+from common.measure import PeakMemory, Spread, WallClock, error_bound, gate, interleave, warm_up
 from common.model import Oracle, make_inputs, make_weights, must_fit, oracle
 from common.show import number
 from labs.full_moe import OptimizedMoELayer
@@ -221,6 +221,7 @@ def time_rows(calls: list[tuple[dict, str, Callable[[], object]]], rounds: int, 
     say("warming")
     for _, _, call in calls:
         clock(call)
+    warm_up([call for *_, call in calls], clock)
     for done, samples in enumerate(interleave([call for *_, call in calls], rounds, clock, SECONDS_EACH), start=1):
         if done == 1 or done % 5 == 0 or done == rounds:
             say(f"timing: round {done} of {rounds}")

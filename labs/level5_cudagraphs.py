@@ -5,9 +5,11 @@ Why    level 4 launches about 25 kernels a forward, each after some work of the 
        the GPU finishes a kernel before the next one arrives: the time is the host's.
 How    first call at a T: run on the side to compile, then capture into buffers of our own
        each call:  copy x into the captured input -> one replay -> the captured output
+       an x that lies where one lay before gets a graph that reads it there: no copy
        What a graph freezes is addresses and grids, not values: level 4 keeps its counts on the
        device and its grid at the worst case, so a replay may route in any way.
-Costs  a copy of x (2*T*D values), the memory of each graph kept, a capture at each new T.
+Costs  a copy of x (2*T*D values) at a new address, the memory of each graph kept, a capture at each
+       new T and at an address's second call.
        The output is the graph's own buffer: the next call overwrites it.
 Needs  CUDA.
 Run    python labs/level5_cudagraphs.py --preset seed --tokens 64
@@ -17,7 +19,7 @@ Diff   make diff N=5
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -40,13 +42,14 @@ LEVEL = Level(
     number=5,
     name="cudagraphs",
     adds="capture once, replay for any routing",
-    changes=("MAX_GRAPHS", "Replay", "build"),
+    changes=("MAX_GRAPHS", "COPIED", "Replay", "build"),
     requires=("cuda",),
     claims=Claims(host_syncs=0, max_launches=2),
 )
 
-# Graphs kept, one a token count; the least recently used goes first.
+# Graphs kept, each of a token count and an address of x; the least recently used goes first.
 MAX_GRAPHS = 16
+COPIED = 0  # stands for the address of an x that is copied
 
 
 @triton.jit
@@ -238,17 +241,20 @@ def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.T
 
 
 class Replay:
-    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at any T,
-    because the graphs share their memory.
+    """`forward` behind CUDA graphs: (T, D) -> what it returns, valid until the next call at any T, because
+    the graphs share their memory.
+
+    A graph reads x at one address. An x at an address that came before gets a graph that reads it where it
+    lies; any other is copied to a buffer of our own, and a graph reads that.
 
     Raises ValueError if x is not (T, D) in the dtype and on the device of the weights: a copy into the
     captured input would convert it without a word.
     """
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], weights: Weights):
-        self.forward = forward
-        self.like = weights.router_ED
-        self.graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.forward, self.like = forward, weights.router_ED
+        self.graphs: OrderedDict[tuple[int, int], tuple] = OrderedDict()  # T, address -> graph, output, own input
+        self.met: deque[tuple[int, int]] = deque(maxlen=MAX_GRAPHS // 2)  # T and address of those without a graph
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -256,31 +262,36 @@ class Replay:
         if x_TD.dim() != 2 or x_TD.shape[1] != D or x_TD.dtype != dtype or x_TD.device != device:
             raise ValueError(f"x is {tuple(x_TD.shape)} {x_TD.dtype} on {x_TD.device}: "
                              f"this forward was built for (T, {D}) {dtype} on {device}")
-        T = x_TD.shape[0]
+        T, address = x_TD.shape[0], x_TD.data_ptr()
         if T == 0:
             return torch.empty_like(x_TD)
-        if T not in self.graphs:
-            self.graphs[T] = self.capture(x_TD)
+        place = T, address if x_TD.is_contiguous() and address % 16 == 0 else COPIED
+        if place not in self.graphs and place not in self.met:
+            self.met.append(place)
+            place = T, COPIED
+        if place not in self.graphs:
+            own_x_TD = x_TD.clone(memory_format=torch.contiguous_format) if place[1] == COPIED else None
+            self.graphs[place] = *self.capture(x_TD if own_x_TD is None else own_x_TD), own_x_TD
             if len(self.graphs) > MAX_GRAPHS:
                 self.graphs.popitem(last=False)
-        self.graphs.move_to_end(T)
-        graph, captured_x_TD, captured_out_TD = self.graphs[T]
-        captured_x_TD.copy_(x_TD)
+        self.graphs.move_to_end(place)
+        graph, captured_out_TD, own_x_TD = self.graphs[place]
+        if own_x_TD is not None:
+            own_x_TD.copy_(x_TD)
         graph.replay()
         return captured_out_TD
 
-    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """Run `forward` once to compile its kernels, then record it: graph, its input, its output."""
-        captured_x_TD = x_TD.clone()
+    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Run `forward` once to compile its kernels, then record it, reading x there: graph, its output."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.forward(captured_x_TD)
+            self.forward(x_TD)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            captured_out_TD = self.forward(captured_x_TD)
-        return graph, captured_x_TD, captured_out_TD
+            captured_out_TD = self.forward(x_TD)
+        return graph, captured_out_TD
 
 
 def build(cfg: MoEConfig, weights: Weights) -> Callable[[torch.Tensor], torch.Tensor]:

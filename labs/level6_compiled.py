@@ -5,7 +5,7 @@ Why    around the two GEMMs level 5 still runs PyTorch's kernels one by one. The
        and reads a float32 (T, K, D) product that nobody needs: 14*R*D bytes where 2*R*D are enough.
 How    the forward of level 4, unchanged, under fullgraph=True: the compiler writes one kernel for
        gather, scale and sum, and fewer for softmax, top-k and indices, around our Triton kernels
-       first call at a T: compile -> capture;  each call: copy x -> replay, as in level 5
+       first call at a T: compile -> capture;  each call: replay, as in level 5
 Costs  seconds of compilation at each new T, shown apart. A break in the graph is an error here, not
        a slow path, and a replay has no compiler to call: other routing cannot recompile.
 Needs  CUDA.
@@ -16,7 +16,7 @@ Diff   make diff N=6
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +44,9 @@ LEVEL = Level(
     claims=Claims(host_syncs=0, max_launches=2),
 )
 
-# Graphs kept, one a token count; the least recently used goes first.
+# Graphs kept, each of a token count and an address of x; the least recently used goes first.
 MAX_GRAPHS = 16
+COPIED = 0  # stands for the address of an x that is copied
 
 
 @triton.jit
@@ -237,17 +238,20 @@ def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.T
 
 
 class Replay:
-    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at any T,
-    because the graphs share their memory.
+    """`forward` behind CUDA graphs: (T, D) -> what it returns, valid until the next call at any T, because
+    the graphs share their memory.
+
+    A graph reads x at one address. An x at an address that came before gets a graph that reads it where it
+    lies; any other is copied to a buffer of our own, and a graph reads that.
 
     Raises ValueError if x is not (T, D) in the dtype and on the device of the weights: a copy into the
     captured input would convert it without a word.
     """
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], weights: Weights):
-        self.forward = forward
-        self.like = weights.router_ED
-        self.graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.forward, self.like = forward, weights.router_ED
+        self.graphs: OrderedDict[tuple[int, int], tuple] = OrderedDict()  # T, address -> graph, output, own input
+        self.met: deque[tuple[int, int]] = deque(maxlen=MAX_GRAPHS // 2)  # T and address of those without a graph
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -255,31 +259,36 @@ class Replay:
         if x_TD.dim() != 2 or x_TD.shape[1] != D or x_TD.dtype != dtype or x_TD.device != device:
             raise ValueError(f"x is {tuple(x_TD.shape)} {x_TD.dtype} on {x_TD.device}: "
                              f"this forward was built for (T, {D}) {dtype} on {device}")
-        T = x_TD.shape[0]
+        T, address = x_TD.shape[0], x_TD.data_ptr()
         if T == 0:
             return torch.empty_like(x_TD)
-        if T not in self.graphs:
-            self.graphs[T] = self.capture(x_TD)
+        place = T, address if x_TD.is_contiguous() and address % 16 == 0 else COPIED
+        if place not in self.graphs and place not in self.met:
+            self.met.append(place)
+            place = T, COPIED
+        if place not in self.graphs:
+            own_x_TD = x_TD.clone(memory_format=torch.contiguous_format) if place[1] == COPIED else None
+            self.graphs[place] = *self.capture(x_TD if own_x_TD is None else own_x_TD), own_x_TD
             if len(self.graphs) > MAX_GRAPHS:
                 self.graphs.popitem(last=False)
-        self.graphs.move_to_end(T)
-        graph, captured_x_TD, captured_out_TD = self.graphs[T]
-        captured_x_TD.copy_(x_TD)
+        self.graphs.move_to_end(place)
+        graph, captured_out_TD, own_x_TD = self.graphs[place]
+        if own_x_TD is not None:
+            own_x_TD.copy_(x_TD)
         graph.replay()
         return captured_out_TD
 
-    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """Run `forward` once to compile its kernels, then record it: graph, its input, its output."""
-        captured_x_TD = x_TD.clone()
+    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Run `forward` once to compile its kernels, then record it, reading x there: graph, its output."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.forward(captured_x_TD)
+            self.forward(x_TD)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            captured_out_TD = self.forward(captured_x_TD)
-        return graph, captured_x_TD, captured_out_TD
+            captured_out_TD = self.forward(x_TD)
+        return graph, captured_out_TD
 
 
 def compile_whole(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

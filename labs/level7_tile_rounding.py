@@ -21,7 +21,7 @@ Diff   make diff N=7
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -55,8 +55,9 @@ LEVEL = Level(
 # Row tiles to round to. The GEMM's tiles are as long, or half as long.
 TILES = (64, 128, 256)
 
-# Graphs kept, one a token count; the least recently used goes first.
+# Graphs kept, each of a token count and an address of x; the least recently used goes first.
 MAX_GRAPHS = 16
+COPIED = 0  # stands for the address of an x that is copied
 
 
 @triton.jit
@@ -267,17 +268,20 @@ def layer_rounded(
 
 
 class Replay:
-    """`forward` behind CUDA graphs: (T, D) -> (T, D), the latter valid until the next call at any T,
-    because the graphs share their memory.
+    """`forward` behind CUDA graphs: (T, D) -> what it returns, valid until the next call at any T, because
+    the graphs share their memory.
+
+    A graph reads x at one address. An x at an address that came before gets a graph that reads it where it
+    lies; any other is copied to a buffer of our own, and a graph reads that.
 
     Raises ValueError if x is not (T, D) in the dtype and on the device of the weights: a copy into the
     captured input would convert it without a word.
     """
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], weights: Weights):
-        self.forward = forward
-        self.like = weights.router_ED
-        self.graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.forward, self.like = forward, weights.router_ED
+        self.graphs: OrderedDict[tuple[int, int], tuple] = OrderedDict()  # T, address -> graph, output, own input
+        self.met: deque[tuple[int, int]] = deque(maxlen=MAX_GRAPHS // 2)  # T and address of those without a graph
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -285,31 +289,36 @@ class Replay:
         if x_TD.dim() != 2 or x_TD.shape[1] != D or x_TD.dtype != dtype or x_TD.device != device:
             raise ValueError(f"x is {tuple(x_TD.shape)} {x_TD.dtype} on {x_TD.device}: "
                              f"this forward was built for (T, {D}) {dtype} on {device}")
-        T = x_TD.shape[0]
+        T, address = x_TD.shape[0], x_TD.data_ptr()
         if T == 0:
             return torch.empty_like(x_TD)
-        if T not in self.graphs:
-            self.graphs[T] = self.capture(x_TD)
+        place = T, address if x_TD.is_contiguous() and address % 16 == 0 else COPIED
+        if place not in self.graphs and place not in self.met:
+            self.met.append(place)
+            place = T, COPIED
+        if place not in self.graphs:
+            own_x_TD = x_TD.clone(memory_format=torch.contiguous_format) if place[1] == COPIED else None
+            self.graphs[place] = *self.capture(x_TD if own_x_TD is None else own_x_TD), own_x_TD
             if len(self.graphs) > MAX_GRAPHS:
                 self.graphs.popitem(last=False)
-        self.graphs.move_to_end(T)
-        graph, captured_x_TD, captured_out_TD = self.graphs[T]
-        captured_x_TD.copy_(x_TD)
+        self.graphs.move_to_end(place)
+        graph, captured_out_TD, own_x_TD = self.graphs[place]
+        if own_x_TD is not None:
+            own_x_TD.copy_(x_TD)
         graph.replay()
         return captured_out_TD
 
-    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """Run `forward` once to compile its kernels, then record it: graph, its input, its output."""
-        captured_x_TD = x_TD.clone()
+    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Run `forward` once to compile its kernels, then record it, reading x there: graph, its output."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.forward(captured_x_TD)
+            self.forward(x_TD)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            captured_out_TD = self.forward(captured_x_TD)
-        return graph, captured_x_TD, captured_out_TD
+            captured_out_TD = self.forward(x_TD)
+        return graph, captured_out_TD
 
 
 def compile_whole(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -338,12 +347,14 @@ class RoundedReplay(Replay):
         self.plan = plan
         self.rounded: dict[int, Rounded | None] = {}
 
-    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """As Replay's, with the routing put aside."""
-        graph, captured_x_TD, (captured_out_TD, rounded) = super().capture(x_TD)
-        kept = {T: routing for T, routing in self.rounded.items() if T in self.graphs}
-        self.rounded = {**kept, x_TD.shape[0]: rounded}
-        return graph, captured_x_TD, captured_out_TD
+        found, T = super().__call__(x_TD), x_TD.shape[0]
+        out_TD, rounded = found if T else (found, None)
+        if T not in self.rounded:
+            self.rounded = {kept: self.rounded[kept] for kept, _ in self.graphs if kept in self.rounded}
+        self.rounded[T] = rounded
+        return out_TD
 
     def rounding(self, T: int) -> Rounding | None:
         """How the last call with T tokens was rounded; None if it was exact. Waits for the GPU."""

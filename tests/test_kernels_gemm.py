@@ -217,7 +217,7 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
         plan.counted.clear()
     getattr(module, f"{prefix}up_rows")(rows, gate_up, plan, hidden, 1)
     assert given["gate_up_desc"].base.data_ptr() == gate_up.data_ptr()
-    assert (*given["gate_up_desc"].shape, *given["gate_up_desc"].block_shape) == (2 * 512, 320, 256, 64)
+    assert (*given["gate_up_desc"].shape, *given["gate_up_desc"].block_shape) == (16, 8, 4, 2, 320, 4, 8, 4, 2, 64)
     assert given["hidden_ptr"] is hidden
     assert given["tiles_ptr"] is plan.tiles_X5
     assert given["tile_count_ptr"] is plan.tile_count
@@ -235,10 +235,34 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
         plan.counted.clear()
     getattr(module, f"{prefix}down")(hidden, down, plan, y, 1)
     assert given["hidden_desc"].base is hidden
-    assert (*given["down_desc"].shape, *given["down_desc"].block_shape) == (2 * 320, 256, 256, 64)
+    assert (*given["down_desc"].shape, *given["down_desc"].block_shape) == (20, 4, 4, 2, 256, 8, 4, 4, 2, 64)
     assert given["y_ptr"] is y
     assert prefix or given["claimed_ptr"] is plan.claimed_down
     assert (given["D8"], given["F8"]) == (40, 32)
+
+
+@pytest.mark.parametrize(("interleaved", "N"), [(False, 320), (True, 320), (False, 328), (True, 352)])
+def test_weight_rows_are_dealt_to_the_threads_that_store_them(interleaved, N):
+    """Read as TMA would read it: a thread's columns of wgmma's accumulator are neighbours, gate's beside up's."""
+    E, K, column = 2, 64, torch.arange(256)
+    weights = (torch.arange(E * N).view(E, N, 1) % 256 + torch.zeros(K)).to(torch.bfloat16)  # exact up to 256
+    descriptor = roles.describe_weights(weights, interleaved)
+    view = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
+    if N % (64 if interleaved else 32):
+        assert (*descriptor.shape, *descriptor.block_shape) == (E * N, K, 256, 64)
+        return
+    blocks, block = descriptor.block_shape[0], descriptor.shape[0] // E  # the second expert's first column tile
+    found = view[block:block + blocks].reshape(-1, K)[:, 0].long()
+    quad = column % 8 // 2  # of four threads that share an accumulator's row, the one that holds the column
+    for q in range(4):
+        held = (found[quad == q] - N) % 256
+        if interleaved:
+            gate, up = held.view(4, 2, 8).unbind(1)
+            assert torch.equal(up, gate + 8)  # blocks of 8 gate and 8 up rows in turn
+            held = gate // 16 * 8 + gate % 8  # hidden columns
+        runs = held.view(-1, 8)
+        assert torch.equal(runs, runs[:, :1] + torch.arange(8))
+        assert torch.equal(runs[:, 0], torch.arange(len(runs)) * 32 + 8 * q)
 
 
 # ---- machine code
@@ -249,16 +273,20 @@ def describe(rows: int) -> str:
 
 
 def box(*sizes: int) -> str:
-    """A descriptor's type of three dimensions."""
-    return f"tensordesc<bf16[{', '.join(map(str, sizes))}],{roles._SWIZZLED_3D.value!r}>"
+    """A descriptor's type of three or five dimensions."""
+    layout = {3: roles._SWIZZLED_3D, 5: roles._SWIZZLED_5D}[len(sizes)]
+    return f"tensordesc<bf16[{', '.join(map(str, sizes))}],{layout.value!r}>"
+
+
+DEALT = {"gate_up_desc": box(4, 8, 4, 2, 64), "down_desc": box(8, 4, 4, 2, 64)}
 
 
 TABLE = {"tiles_ptr": "*i32", "tile_count_ptr": "*i32", "D8": "i32", "F8": "i32"}
 CLAIMED = {"claimed_ptr": "*i32"}
-GATHER = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", **CLAIMED, "gate_up_desc": describe(256),
+GATHER = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", **CLAIMED, "gate_up_desc": DEALT["gate_up_desc"],
           "hidden_ptr": "*bf16", **TABLE}
-UP = {"rows_desc": describe(64), "gate_up_desc": describe(256), "hidden_ptr": "*bf16", **TABLE}
-DOWN = {"hidden_desc": describe(64), "down_desc": describe(256), "y_ptr": "*bf16", **TABLE}
+UP = {"rows_desc": describe(64), "gate_up_desc": DEALT["gate_up_desc"], "hidden_ptr": "*bf16", **TABLE}
+DOWN = {"hidden_desc": describe(64), "down_desc": DEALT["down_desc"], "y_ptr": "*bf16", **TABLE}
 STRAIGHT = {**CLAIMED, "rows_desc": describe(64), "weights_desc": box(1, 64, 256),
             "out_ptr": "*bf16", "tiles_ptr": "*i32", "tile_count_ptr": "*i32", "N8": "i32", "K8": "i32"}
 KERNELS = {
@@ -269,30 +297,36 @@ KERNELS = {
 
 
 AHEAD = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "rows_desc": describe(64), "rows_ptr": "*bf16",
-         "ready_ptr": "*i32", "begun_ptr": "*i32", **CLAIMED, "gate_up_desc": describe(256), "hidden_ptr": "*bf16",
-         **TABLE}
+         "ready_ptr": "*i32", "begun_ptr": "*i32", **CLAIMED, "gate_up_desc": DEALT["gate_up_desc"],
+         "hidden_ptr": "*bf16", **TABLE}
 COMBINE = {**CLAIMED, **DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
            "T": "i32", "band_tiles": "i32"}
 CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
 
 
-def request(kernel: str, constants: dict | None = None) -> Request:
-    """A Gluon kernel with its pointers aligned; its integers are not specialised."""
+def request(kernel: str, constants: dict | None = None, dealt: bool = True) -> Request:
+    """A Gluon kernel with its pointers aligned; its integers are not specialised. `dealt`: weight rows are."""
     file, signature = {"down_combine_kernel": ("down_combine", COMBINE), "up_ahead_kernel": ("up_ahead", AHEAD),
                        **KERNELS}[kernel]
+    if not dealt:
+        signature = {name: describe(256) if name in DEALT else kind for name, kind in signature.items()}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return Request(f"{kernel} {constants or ''}", f"labs.kernels.{file}", kernel, signature, constants or {}, aligned,
+    name = f"{kernel} {constants or ''}{'' if dealt else 'in order'}"
+    return Request(name, f"labs.kernels.{file}", kernel, signature, constants or {}, aligned,
                    4, 3, options=roles.LAUNCH)
 
 
 @pytest.fixture(scope="module")
 def code() -> dict[str, Compiled]:
-    return compile_all([request(kernel) for kernel in KERNELS])
+    return compile_all([request(kernel, dealt=dealt) for kernel in KERNELS for dealt in (True, False)
+                        if dealt or kernel != "straight_kernel"])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, *(f"{kernel} in order" for kernel in KERNELS
+                                                if kernel != "straight_kernel")])
 def test_machine_code_is_as_planned(code, kernel):
-    found = code[f"{kernel} "]
+    kernel, _, order = kernel.partition(" ")
+    found = code[f"{kernel} {order}"]
     warpgroups = 3 if kernel.startswith("tall") else 2
     assert found.count("HGMMA") == warpgroups * 2 * 4, "a warpgroup's first step and its loop, 4 wgmma of depth 16 each"
     assert found.count("WARPGROUP") == warpgroups * 5, "more waits would mean wgmmas one after the other"
@@ -309,16 +343,23 @@ def test_machine_code_is_as_planned(code, kernel):
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     stage = (warpgroups * 64 + 256) * 64 * 2
     assert 4 * stage < found.shared_bytes <= min(4 * stage + 1024, 227 * 1024)
+    if order:  # the epilogue swaps a pair of registers with the neighbours, twice
+        dealt = code[f"{kernel} "]
+        swaps = warpgroups * (64 if "down" in kernel else 32)
+        assert found.count("SHFL") - dealt.count("SHFL") == swaps
+        assert found.count("SEL") - dealt.count("SEL") >= 2.5 * swaps
 
 
 SPARE_WARPS = {"up_ahead_kernel": (8, 2), **{f"down_combine_kernel, top {K}": (CHOICES[K], 1) for K in CHOICES}}
+IN_ORDER = ("up_ahead_kernel", "down_combine_kernel, top 8")
 
 
-@pytest.mark.parametrize("name", SPARE_WARPS)
-def test_machine_code_with_spare_warps_is_as_planned(name):
+@pytest.mark.parametrize(("name", "dealt"), [*((name, True) for name in SPARE_WARPS),
+                                             *((name, False) for name in IN_ORDER)])
+def test_machine_code_with_spare_warps_is_as_planned(name, dealt):
     copies, counters = SPARE_WARPS[name]
     kernel, _, K = name.partition(", top ")
-    asked = request(kernel, {"TOP_K": int(K), "CHOICES": CHOICES[int(K)]} if K else None)
+    asked = request(kernel, {"TOP_K": int(K), "CHOICES": CHOICES[int(K)]} if K else None, dealt)
     found = compile_all([asked])[asked.name]
     assert found.count("HGMMA") == 2 * 2 * 4
     assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"

@@ -16,7 +16,7 @@ import level_runner
 from common.cli import run_alone
 from common.config import MoEConfig, Workload, preset
 from common.level import Level, Loaded, discover
-from common.measure import Ceilings, Spread, WallClock, environment, gate, interleave
+from common.measure import Ceilings, Spread, WallClock, environment, gate, interleave, profile_call, warm_up
 from common.model import make_inputs, make_weights, oracle
 from common.peers import Peer
 from common.profile import named_ranges
@@ -386,6 +386,39 @@ def test_no_call_has_the_same_one_before_it_in_every_round():
     before = {name: {one[one.index(name) - 1] for one in found if one.index(name)} for name in "abcd"}
     assert all(len(names) == 3 for names in before.values())
     assert rounds() == found, "the same order at every run"
+
+
+def test_the_chip_is_warmed_by_rounds_of_all_calls():
+    ran: list[str] = []
+
+    class Clock:
+        on_gpu = True
+
+        def __call__(self, call):
+            ran.append(call)
+
+    warm_up("abc", Clock(), 0.05)
+    assert len(ran) > 30
+    assert all(sorted(ran[i:i + 3]) == list("abc") for i in range(0, len(ran) // 3 * 3, 3))
+    ran.clear()
+    Clock.on_gpu = False
+    warm_up("abc", Clock(), 5.0)
+    assert ran == []
+
+
+@pytest.mark.gpu
+def test_a_profile_counts_one_call_of_many():
+    """The load before it, which brings the chip to a busy one's clock, is not counted."""
+    x = torch.randn(4096, 4096, device=DEVICE)
+
+    def call():
+        for _ in range(7):
+            torch.mm(x, x)
+
+    idle, busy = profile_call(call), profile_call(call, WallClock(DEVICE))
+    assert idle.launches == busy.launches == 7
+    assert sum(count for count, _ in busy.kernels.values()) == 7
+    assert 0.7 < busy.gpu_ms / idle.gpu_ms < 2
 
 
 def test_spread_is_the_percentiles():

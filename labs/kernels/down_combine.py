@@ -33,7 +33,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.combine import combine
-from labs.kernels.grouped_gemm import down_operands, store_y
+from labs.kernels.grouped_gemm import down_operands, store_y, store_y_dealt
 from labs.kernels.roles import (
     LAUNCH,
     _BLOCK_N,
@@ -82,9 +82,8 @@ def leave_bands(stored, first, end):
 
 
 @gluon.jit
-def consume(y_ptr, D, k_steps, ring, stored, WG: gl.constexpr):
+def consume(y_ptr, D, k_steps, ring, stored, finish: gl.constexpr, WG: gl.constexpr):
     """roles.py's consume, which says when this program gets no more tiles of a band."""
-    finish: gl.constexpr = store_y
     stage = 0
     phase = 0
     left = 0
@@ -187,7 +186,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, c
 def down_combine_kernel(
     claimed_ptr,  # (1,) int32, zero
     hidden_desc,  # (R, F) bf16
-    down_desc,  # (E * D, F) bf16
+    down_desc,  # (E, D, F) bf16, as describe_weights has it
     y_ptr,  # (R, D) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
@@ -208,14 +207,15 @@ def down_combine_kernel(
     Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 256 columns, and every grid-th
     token.
     """
+    finish: gl.constexpr = store_y_dealt if len(down_desc.block_type.shape) == 5 else store_y
     ring = open_ring(1)
     stored = open_barriers(_BANDS, _WARPGROUPS)
     slots = gl.allocate_shared_memory(gl.bfloat16, [_SLOTS // CHOICES, CHOICES, _COLUMNS], _FLAT)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
     gl.warp_specialize([
-        (consume, (y_ptr, D, walk[3], ring, stored, 0)),
-        (consume, (y_ptr, D, walk[3], ring, stored, 1)),
+        (consume, (y_ptr, D, walk[3], ring, stored, finish, 0)),
+        (consume, (y_ptr, D, walk[3], ring, stored, finish, 1)),
         (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, walk[2], band_tiles, stored,
                          slots, TOP_K)),
         (produce_rows, (hidden_desc, down_desc, walk, band_tiles, claimed_ptr, D, ring)),

@@ -6,6 +6,9 @@ The R = T*K routed rows lie sorted by expert, without padding: a tile that reach
 zeros there (gathered rows) or the next expert's rows (rows by TMA), and stores neither. Tiles have 128 rows, or 64
 where no more are left, and 256 columns: of up, 128 of hidden, as gate and up rows are interleaved (tiles.py).
 
+Weight rows come from TMA in the order in which accumulators can be stored as they lie (roles.py, describe_weights);
+where a width does not divide into it, the epilogue swaps values between threads instead.
+
 roles.py has who does what in a program, and the index arrays.
 """
 
@@ -21,12 +24,16 @@ from labs.kernels.roles import (
     _BLOCK_N,
     _ROWS,
     _SWIZZLED_3D,
+    _WIDE_128,
+    _WIDE_256,
     consume,
     describe,
+    describe_weights,
     open_ring,
     produce_gathered,
     produce_rows,
     store_rows,
+    store_wide,
     walk_tiles,
 )
 from labs.kernels.tiles import ROWS, TilePlan, check, check_gemm
@@ -55,24 +62,38 @@ _SILU_MUL = gl.constexpr("""{
 
 
 @gluon.jit
-def swiglu(acc):
-    """(64, 256) gate and up columns in alternating blocks of 8 -> (64, 128); a pair sits in one thread's registers."""
-    pairs = acc.reshape([_ROWS, _BLOCK_N // 16, 2, 8]).permute((0, 1, 3, 2))
+def swiglu(pairs, layout: gl.constexpr):
+    """Pairs of gate and up, which sit in one thread's registers -> hidden (64, 128)."""
     gate, up = pairs.split()
     hidden = gl.inline_asm_elementwise(_SILU_MUL, "=f,=f,f,f,f,f", [gate, up], dtype=gl.float32, is_pure=True, pack=2)
-    return gl.convert_layout(hidden.reshape([_ROWS, _BLOCK_N // 2]), _ACC_HALF)
+    return gl.convert_layout(hidden.reshape([_ROWS, _BLOCK_N // 2]), layout).to(gl.bfloat16)
 
 
 @gluon.jit
 def store_hidden(hidden_ptr, F, acc, row, column_tile, end):
-    """Epilogue of up: 64x256 of gate and up -> 64x128 of hidden."""
-    store_rows(hidden_ptr, swiglu(acc).to(gl.bfloat16), row, column_tile * (_BLOCK_N // 2), F, F, end)
+    """Epilogue of up: 64x256 of gate and up columns, in alternating blocks of 8, -> 64x128 of hidden."""
+    pairs = acc.reshape([_ROWS, _BLOCK_N // 16, 2, 8]).permute((0, 1, 3, 2))
+    store_rows(hidden_ptr, swiglu(pairs, _ACC_HALF), row, column_tile * (_BLOCK_N // 2), F, F, end)
+
+
+@gluon.jit
+def store_hidden_dealt(hidden_ptr, F, acc, row, column_tile, end):
+    """store_hidden of weights that TMA has dealt out: (b, gate or up, j, q, p) of a column -> 32 b + 8 q + 2 j + p."""
+    pairs = acc.reshape([_ROWS, _BLOCK_N // 64, 2, 4, 4, 2]).permute((0, 1, 4, 3, 5, 2))
+    store_wide(hidden_ptr, swiglu(pairs, _WIDE_128), row, column_tile * (_BLOCK_N // 2), F, F, end)
 
 
 @gluon.jit
 def store_y(y_ptr, D, acc, row, column_tile, end):
     """Epilogue of down: 64x256 of y."""
     store_rows(y_ptr, acc.to(gl.bfloat16), row, column_tile * _BLOCK_N, D, D, end)
+
+
+@gluon.jit
+def store_y_dealt(y_ptr, D, acc, row, column_tile, end):
+    """store_y of weights that TMA has dealt out: (b, j, q, p) of a column -> 32 b + 8 q + 2 j + p."""
+    y = acc.reshape([_ROWS, _BLOCK_N // 32, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([_ROWS, _BLOCK_N])
+    store_wide(y_ptr, gl.convert_layout(y, _WIDE_256).to(gl.bfloat16), row, column_tile * _BLOCK_N, D, D, end)
 
 
 # ------------------------------------------------------------------------------------------------------- kernels
@@ -82,7 +103,7 @@ def up_gather_kernel(
     x_ptr,  # (T, D) bf16
     token_of_row_ptr,  # (R,) int32
     claimed_ptr,  # (1,) int32, zero
-    gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
+    gate_up_desc,  # (E, 2F, D) bf16, gate and up rows interleaved, as describe_weights has it
     hidden_ptr,  # (R, F) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
@@ -93,7 +114,7 @@ def up_gather_kernel(
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """
-    finish: gl.constexpr = store_hidden
+    finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
     ring = open_ring(128 + 1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     gl.warp_specialize([
@@ -107,7 +128,7 @@ def up_gather_kernel(
 def up_rows_kernel(
     rows_desc,  # (R, D) bf16
     claimed_ptr,  # (1,) int32, zero
-    gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
+    gate_up_desc,  # (E, 2F, D) bf16, gate and up rows interleaved, as describe_weights has it
     hidden_ptr,  # (R, F) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
@@ -118,7 +139,7 @@ def up_rows_kernel(
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """
-    finish: gl.constexpr = store_hidden
+    finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
     ring = open_ring(1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     gl.warp_specialize([
@@ -132,7 +153,7 @@ def up_rows_kernel(
 def down_kernel(
     claimed_ptr,  # (1,) int32, zero
     hidden_desc,  # (R, F) bf16
-    down_desc,  # (E * D, F) bf16
+    down_desc,  # (E, D, F) bf16, as describe_weights has it
     y_ptr,  # (R, D) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
@@ -143,7 +164,7 @@ def down_kernel(
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns. Float32 accumulators.
     """
-    finish: gl.constexpr = store_y
+    finish: gl.constexpr = store_y_dealt if len(down_desc.block_type.shape) == 5 else store_y
     ring = open_ring(1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D8 * 8, F8 * 8)
     gl.warp_specialize([
@@ -189,7 +210,7 @@ def up_operands(
     check("x_TD or rows_RD", rows, (rows.shape[0], D))
     check("gate_up_E2FD", gate_up_E2FD, (E, 2 * F, D))
     check("hidden_RF", hidden_RF, (R, F))
-    return describe(gate_up_E2FD.flatten(0, 1), BLOCK_N), hidden_RF, plan.tiles_X5, plan.tile_count, D // 8, F // 8
+    return describe_weights(gate_up_E2FD, True), hidden_RF, plan.tiles_X5, plan.tile_count, D // 8, F // 8
 
 
 def down_operands(
@@ -201,7 +222,7 @@ def down_operands(
     check("hidden_RF", hidden_RF, (R, F))
     check("down_EDF", down_EDF, (E, D, F))
     check("y_RD", y_RD, (R, D))
-    descriptors = describe(hidden_RF, ROWS), describe(down_EDF.flatten(0, 1), BLOCK_N)
+    descriptors = describe(hidden_RF, ROWS), describe_weights(down_EDF)
     return *descriptors, y_RD, plan.tiles_X5, plan.tile_count, D // 8, F // 8
 
 

@@ -63,6 +63,7 @@ _ROW_BYTES = gl.constexpr(ROWS * BLOCK_K * 2)
 _WEIGHT_BYTES = gl.constexpr(BLOCK_N * BLOCK_K * 2)
 _SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 _SWIZZLED_3D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
+_SWIZZLED_5D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5))
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
 _ACC_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16]))
 _ACC_QUARTER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 4, 16]))
@@ -214,9 +215,15 @@ def load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, sta
 
     [256, 64]: of (experts * weight_rows, K), to be multiplied transposed. [1, 64, 256]: of (experts, K, N), straight.
     [2, 128, 64]: of (2 * experts, F, K), 128 gate rows and the up rows of the same columns of F, transposed.
+    Five dimensions: of (experts * weight_rows, K), dealt out as `describe_weights` says, transposed.
     """
     box: gl.constexpr = weights_desc.block_type.shape
-    if len(box) == 2:
+    if len(box) == 5:
+        period: gl.constexpr = _BLOCK_N // box[0]
+        first = (expert * weight_rows + column * _BLOCK_N) // period
+        tma.async_copy_global_to_shared(weights_desc, [first, 0, 0, 0, k * _BLOCK_K], bar,
+                                        weights.index(stage)._reinterpret(gl.bfloat16, box, _SWIZZLED_5D))
+    elif len(box) == 2:
         tma.async_copy_global_to_shared(weights_desc, [expert * weight_rows + column * _BLOCK_N, k * _BLOCK_K], bar,
                                         weights.index(stage))
     else:
@@ -441,7 +448,12 @@ def widen(values):
 def store_rows(out_ptr, values, row, column, width, stride, end):
     """Store those of 64 rows of bf16 before `end`, and of their columns before `width`, 16 bytes a thread: no shared
     memory, no wait, no fence."""
-    values = widen(values)
+    store_wide(out_ptr, widen(values), row, column, width, stride, end)
+
+
+@gluon.jit
+def store_wide(out_ptr, values, row, column, width, stride, end):
+    """store_rows of a tile whose threads hold 8 neighbouring columns each."""
     r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, values.type.layout))
     c = column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
     pointers = out_ptr + (r.to(gl.int64) * stride)[:, None] + c[None, :]  # R * stride passes 2**31 at real sizes
@@ -455,3 +467,22 @@ LAUNCH = {"num_warps": 4, "maxnreg": 168}  # 12 warps in all: 65536 registers / 
 def describe(matrix: torch.Tensor, block_rows: int) -> TensorDescriptor:
     """A TMA descriptor of a (rows, columns) bf16 matrix in boxes of block_rows x 64."""
     return TensorDescriptor.from_tensor(matrix, [block_rows, BLOCK_K], _SWIZZLED.value)
+
+
+def describe_weights(weights_ENK: torch.Tensor, interleaved: bool = False) -> TensorDescriptor:
+    """A TMA descriptor of all experts' bf16 weights, to be multiplied transposed, in boxes of 256 rows x 64.
+
+    A thread of wgmma's accumulator holds columns 2q and 2q + 1 of every 8, q its place among four threads. So TMA deals
+    the rows out: each of 32 goes to where its product comes to the thread that is to store it, which then holds
+    8 neighbouring columns, and swaps none. The order is one of five dimensions, strided over the weights as they lie:
+        weight row    32 b + 8 q + 2 j + p    ->    row of the box    32 b + 8 j + 2 q + p
+    `interleaved`: gate and up rows in blocks of 8 (tiles.py), of 64 rows: 16 q + 2 j + p -> 8 j + 2 q + p, so that j
+    from 4 on are up's. Where N is no multiple of 32, or 64 interleaved, rows stay as they are.
+    """
+    E, N, K = weights_ENK.shape
+    period = 64 if interleaved else 32
+    if N % period:
+        return describe(weights_ENK.flatten(0, 1), BLOCK_N)
+    weights_B4J2K = weights_ENK.view(E * N // period, 4, period // 8, 2, K)
+    return TensorDescriptor.from_tensor(weights_B4J2K.transpose(1, 2), [BLOCK_N // period, period // 8, 4, 2, BLOCK_K],
+                                        _SWIZZLED_5D.value)

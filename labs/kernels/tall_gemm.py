@@ -34,7 +34,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from labs.kernels.grouped_gemm import down_operands, store_hidden, store_y, up_operands
+from labs.kernels.grouped_gemm import (
+    down_operands,
+    store_hidden,
+    store_hidden_dealt,
+    store_y,
+    store_y_dealt,
+    up_operands,
+)
 from labs.kernels.roles import (
     _ACC,
     _BLOCK_K,
@@ -42,6 +49,7 @@ from labs.kernels.roles import (
     _ROW_BYTES,
     _ROWS,
     _STAGES,
+    _SWIZZLED_5D,
     _WEIGHT_BYTES,
     LAUNCH,
     describe,
@@ -78,7 +86,14 @@ def load_weights(weights_desc, weight_row, k, stage, ring, wanted):
     _, weights, _, weights_full, _ = ring
     bar = weights_full.index(stage)
     mbarrier.expect(bar, _WEIGHT_BYTES, pred=wanted)
-    tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage), pred=wanted)
+    box: gl.constexpr = weights_desc.block_type.shape
+    if len(box) == 5:
+        period: gl.constexpr = _BLOCK_N // box[0]
+        tma.async_copy_global_to_shared(weights_desc, [weight_row // period, 0, 0, 0, k * _BLOCK_K], bar,
+                                        weights.index(stage)._reinterpret(gl.bfloat16, box, _SWIZZLED_5D), pred=wanted)
+    else:
+        tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage),
+                                        pred=wanted)
 
 
 @gluon.jit
@@ -184,7 +199,7 @@ def specialize(rows_desc, weights_desc, out_ptr, width8, walk, weight_rows, ring
 @gluon.jit(do_not_specialize=["D8", "F8"])
 def tall_up_rows_kernel(
     rows_desc,  # (R, D) bf16
-    gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
+    gate_up_desc,  # (E, 2F, D) bf16, gate and up rows interleaved, as describe_weights has it
     hidden_ptr,  # (R, F) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
@@ -195,14 +210,15 @@ def tall_up_rows_kernel(
 
     Grid (SMs,): a program owns every grid-th tile of 192 rows by 128 hidden columns. Float32 accumulators.
     """
+    finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
-    specialize(rows_desc, gate_up_desc, hidden_ptr, F8, walk, F8 * 16, open_ring(), store_hidden)
+    specialize(rows_desc, gate_up_desc, hidden_ptr, F8, walk, F8 * 16, open_ring(), finish)
 
 
 @gluon.jit(do_not_specialize=["D8", "F8"])
 def tall_down_kernel(
     hidden_desc,  # (R, F) bf16
-    down_desc,  # (E * D, F) bf16
+    down_desc,  # (E, D, F) bf16, as describe_weights has it
     y_ptr,  # (R, D) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
@@ -213,8 +229,9 @@ def tall_down_kernel(
 
     Grid (SMs,): a program owns every grid-th tile of 192 rows by 256 columns. Float32 accumulators.
     """
+    finish: gl.constexpr = store_y_dealt if len(down_desc.block_type.shape) == 5 else store_y
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D8 * 8, F8 * 8)
-    specialize(hidden_desc, down_desc, y_ptr, D8, walk, D8 * 8, open_ring(), store_y)
+    specialize(hidden_desc, down_desc, y_ptr, D8, walk, D8 * 8, open_ring(), finish)
 
 
 def check_depth(name: str, size: int) -> None:

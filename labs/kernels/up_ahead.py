@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.grouped_gemm import store_hidden, up_operands
+from labs.kernels.grouped_gemm import store_hidden, store_hidden_dealt, up_operands
 from labs.kernels.roles import (
     LAUNCH,
     _FIELDS,
@@ -161,7 +161,7 @@ def up_ahead_kernel(
     ready_ptr,  # (X,) int32, zeros
     begun_ptr,  # (1,) int32, zero
     claimed_ptr,  # (1,) int32, zero
-    gate_up_desc,  # (E * 2F, D) bf16, gate and up rows interleaved
+    gate_up_desc,  # (E, 2F, D) bf16, gate and up rows interleaved, as describe_weights has it
     hidden_ptr,  # (R, F) bf16
     tiles_ptr,  # (X, 5) int32
     tile_count_ptr,  # (1,) int32
@@ -173,7 +173,7 @@ def up_ahead_kernel(
     Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 128 hidden columns, and every
     grid-th unit of rows.
     """
-    finish: gl.constexpr = store_hidden
+    finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
     ring = open_ring(1)
     copies = gl.allocate_shared_memory(gl.bfloat16, [_COPIES, _UNIT, _COLUMNS], _FLAT)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
