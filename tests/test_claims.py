@@ -138,7 +138,8 @@ def test_the_sync_counter_counts(real):
 def test_launches_stay_under_the_claim(loaded, real):
     weights, x_TD = real
     forward = build(loaded, REAL, weights)
-    forward(x_TD)
+    for _ in range(2):  # the second call captures a graph that reads x where it lies
+        forward(x_TD)
     assert 1 <= profile_call(lambda: forward(x_TD)).launches <= loaded.level.claims.max_launches
 
 
