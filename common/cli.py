@@ -20,7 +20,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="T[,T...]", help="token counts (default: the preset's)")
     parser.add_argument("--routing", default="natural", help=f"one of {', '.join(ROUTING_MODES)} (default: natural)")
     parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)} (default: bfloat16 on a GPU, float32 without)")
-    parser.add_argument("--rounds", type=int, help="timed rounds (default: 20, 3 without a GPU)")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 60, 3 without a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
     parser.add_argument("--autotune", action=argparse.BooleanOptionalAction,
                         help="levels that choose kernels: search where nothing is cached, or take the built-in table "
@@ -49,7 +49,7 @@ def parse_workloads(args: argparse.Namespace, device: torch.device) -> tuple[lis
         if not all(part.strip().isdigit() for part in parts):
             raise ValueError(f"--tokens {args.tokens}: give whole numbers separated by commas, for example 64,512")
         tokens = tuple(int(part) for part in parts)
-    rounds = args.rounds if args.rounds is not None else (20 if on_gpu else 3)
+    rounds = args.rounds if args.rounds is not None else (60 if on_gpu else 3)
     if rounds < 1:
         raise ValueError(f"--rounds {rounds}: at least 1")
     return [Workload(cfg, T, dtype, args.routing, args.seed) for T in tokens], rounds

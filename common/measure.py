@@ -7,6 +7,7 @@ profile last, on the chip that the rounds have warmed.
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import gc
 import os
@@ -35,8 +36,6 @@ WORST_ROW_FACTOR = 8
 TIE_MARGIN = 1e-4
 # A GPU under load slows for some seconds, by a tenth and more, as it heats and reaches its power limit (labs/LOG.md).
 WARM_SECONDS = 3.0
-# Of load before a call that is profiled: the profiler's start is a pause in which the clock rises again.
-PROFILE_LOAD_SECONDS = 0.2
 # Host calls that put work on the GPU; a graph replay is one, however many kernels it holds.
 LAUNCH_CALLS = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
 
@@ -208,31 +207,65 @@ class Profile:
     kernels: dict[str, tuple[int, float]]
 
 
-def profile_call(call: Callable[[], object], clock: WallClock | None = None) -> Profile:
-    """Run `call` once under torch.profiler. Needs CUDA. With a clock, on a chip under the load of the same call, and
-    with a cold L2, as `clock` times it."""
+def _events(run: Callable[[], object]) -> list:
+    """What torch.profiler saw of one run, on the GPU and of the host's calls to it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the profiler's own, about its warm-up
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            if clock:
-                end = time.perf_counter() + PROFILE_LOAD_SECONDS
-                while time.perf_counter() < end:
-                    clock(call)
-                clock(lambda: None)
+            run()
             torch.cuda.synchronize()
-            call()
-            torch.cuda.synchronize()
-    events = profiler.events()
-    on_gpu = [event.time_range for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    waits = [event.time_range.end for event in events if event.name == "cudaDeviceSynchronize"]
-    last = max((there.start for there in on_gpu), default=float("inf"))
-    begin = max((wait for wait in waits if wait <= last), default=float("-inf"))
+    return list(profiler.events())
+
+
+def profile_call(call: Callable[[], object]) -> Profile:
+    """Run `call` once under torch.profiler. Needs CUDA."""
+    return _profile_of(_events(call))
+
+
+def profile_together(calls: Sequence[Callable[[], object]], counts: Sequence[int], clock: WallClock,
+                     warm_seconds: float = 1.0) -> list[list[Profile]]:
+    """Profile each call as often as `counts` says, in shuffled rounds as they are timed, under one profiler: with one
+    for each, the chip would cool in the pauses, and whoever comes first would find it hottest. Needs CUDA.
+
+    Raises RuntimeError if a call waits for the whole device: such waits, which `clock` makes before and after each
+    call, are how calls are told apart.
+    """
+    shuffle, turns = random.Random(2).shuffle, []
+    for done in range(max(counts, default=0)):
+        order = [place for place, count in enumerate(counts) if done < count]
+        shuffle(order)
+        turns += order
+
+    def run() -> None:
+        for turn in turns:
+            clock(calls[turn])
+
+    warm_up(calls, clock, warm_seconds)
+    events = _events(run)
+    waits = sorted(event.time_range.end for event in events if event.name == "cudaDeviceSynchronize")
+    parts: list[list] = [[] for _ in range(len(waits) + 1)]
+    for event in events:
+        parts[bisect.bisect(waits, event.time_range.start)].append(event)
+    busy = [part for part in parts if any(_is_on_gpu(event) for event in part)]
+    if len(busy) != 2 * len(turns):
+        raise RuntimeError(f"{len(turns)} calls, each after the L2 cache was overwritten, should be {2 * len(turns)} "
+                           f"stretches of work between waits for the GPU, but the profiler saw {len(busy)}: one of the "
+                           "calls waits for the whole device, or puts nothing on it")
+    found: list[list[Profile]] = [[] for _ in calls]
+    for turn, part in zip(turns, busy[1::2], strict=True):
+        found[turn].append(_profile_of(part))
+    return found
+
+
+def _is_on_gpu(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
+    return event.device_type == torch.autograd.DeviceType.CUDA
+
+
+def _profile_of(events: list) -> Profile:
     intervals, launches, kernels = [], 0, {}
     for event in events:
         start, end = event.time_range.start, event.time_range.end
-        if start < begin:  # load before the call
-            continue
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if _is_on_gpu(event):
             intervals.append((start, end))
             count, total = kernels.get(event.name, (0, 0.0))
             kernels[event.name] = (count + 1, total + (end - start) / 1e3)

@@ -16,7 +16,7 @@ from common.level import Loaded, Unsupported
 from common.measure import (
     TIE_MARGIN,
     Ceilings, Forward, Gate, PeakMemory, Spread, WallClock, check_finite, count_host_syncs, environment, error_bound,
-    gate, interleave, profile_call, warm_up,
+    gate, interleave, profile_together, warm_up,
 )
 from common.model import Oracle, Weights, make_inputs, make_weights, must_fit, oracle
 from common.peers import NotInstalled, Peer
@@ -224,10 +224,9 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
         reporter.stage(f"round {i + 1} of {rounds}")
         reporter.update(run)
     if clock.on_gpu:
-        for subject in ready:
-            reporter.stage(f"{subject.row.name}: profiling")
-            _profile(subject, clock, x_TD)
-            reporter.update(run)
+        reporter.stage("profiling")
+        _profile(ready, calls[:len(ready)], clock)
+        reporter.update(run)
 
 
 def _warm(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
@@ -239,15 +238,16 @@ def _warm(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
         subject.row.host_syncs = count_host_syncs(call)
 
 
-def _profile(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
-    count = PROFILED_CALLS if subject.row.wall_ms.p50 < 100 else 1
-    profiles = [profile_call(lambda: subject.forward(x_TD), clock) for _ in range(count)]
-    subject.row.launches = profiles[-1].launches
-    subject.row.gpu_ms = Spread.of([profile.gpu_ms for profile in profiles])
-    if subject.row.rounding is not None:
-        subject.row.rounding["gpu_us"] = Spread.of([
-            sum(ms for name, (_, ms) in profile.kernels.items() if name.startswith(subject.rounding_kernels)) * 1e3
-            for profile in profiles]).p50
+def _profile(ready: list[_Subject], calls: Sequence[Callable[[], object]], clock: WallClock) -> None:
+    counts = [PROFILED_CALLS if subject.row.wall_ms.p50 < 100 else 1 for subject in ready]
+    for subject, profiles in zip(ready, profile_together(calls, counts, clock), strict=True):
+        row = subject.row
+        row.launches = profiles[-1].launches
+        row.gpu_ms = Spread.of([profile.gpu_ms for profile in profiles])
+        if row.rounding is not None:
+            row.rounding["gpu_us"] = Spread.of([
+                sum(ms for name, (_, ms) in profile.kernels.items() if name.startswith(subject.rounding_kernels)) * 1e3
+                for profile in profiles]).p50
 
 
 def _derive(run: Run) -> None:

@@ -16,7 +16,10 @@ import level_runner
 from common.cli import run_alone
 from common.config import MoEConfig, Workload, preset
 from common.level import Level, Loaded, discover
-from common.measure import Ceilings, Spread, WallClock, environment, gate, interleave, profile_call, warm_up
+from common import measure
+from common.measure import (
+    Ceilings, Spread, WallClock, environment, gate, interleave, profile_call, profile_together, warm_up,
+)
 from common.model import make_inputs, make_weights, oracle
 from common.peers import Peer
 from common.profile import named_ranges
@@ -406,19 +409,68 @@ def test_the_chip_is_warmed_by_rounds_of_all_calls():
     assert ran == []
 
 
+@pytest.mark.parametrize("own_wait", [False, True])
+def test_what_each_of_several_profiled_calls_did(own_wait, monkeypatch):
+    """On events as the profiler gives them: each call of two kernels of its own length, L2 overwritten before it."""
+    events, now = [], 0.0
+
+    def event(name: str, length: float, on_gpu: bool = False) -> None:
+        nonlocal now
+        kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+        events.append(types.SimpleNamespace(name=name, device_type=kind,
+                                            time_range=types.SimpleNamespace(start=now, end=now + length)))
+        now += length
+
+    class Clock:
+        on_gpu = False
+
+        def __call__(self, call):
+            event("overwrite", 30.0, on_gpu=True)
+            event("cudaDeviceSynchronize", 1.0)
+            for _ in range(2):
+                event("cudaLaunchKernel", 2.0)
+                event(call, float(len(call)), on_gpu=True)
+                if own_wait:
+                    event("cudaDeviceSynchronize", 1.0)
+            event("cudaDeviceSynchronize", 1.0)
+
+    def seen(run):
+        event("cudaDeviceSynchronize", 1.0)  # the profiler's own
+        run()
+        event("cudaDeviceSynchronize", 1.0)
+        return events
+
+    monkeypatch.setattr(measure, "_events", seen)
+    calls = ["a", "bb" * 50, "c" * 1000]
+    if own_wait:
+        with pytest.raises(RuntimeError, match="one of the calls waits for the whole device"):
+            profile_together(calls, [3, 3, 1], Clock())
+        return
+    found = profile_together(calls, [3, 3, 1], Clock())
+    assert [len(profiles) for profiles in found] == [3, 3, 1]
+    for call, profiles in zip(calls, found, strict=True):
+        for profile in profiles:
+            assert profile.launches == 2
+            assert profile.kernels == {call: (2, pytest.approx(2 * len(call) / 1e3))}
+            assert profile.gpu_ms == pytest.approx(2 * len(call) / 1e3)
+
+
 @pytest.mark.gpu
-def test_a_profile_counts_one_call_of_many():
-    """The load before it, which brings the chip to a busy one's clock, is not counted."""
+def test_calls_profiled_together_are_told_apart():
     x = torch.randn(4096, 4096, device=DEVICE)
 
     def call():
         for _ in range(7):
             torch.mm(x, x)
 
-    idle, busy = profile_call(call), profile_call(call, WallClock(DEVICE))
-    assert idle.launches == busy.launches == 7
-    assert sum(count for count, _ in busy.kernels.values()) == 7
-    assert 0.7 < busy.gpu_ms / idle.gpu_ms < 2
+    def other():
+        torch.add(x, x)
+
+    alone, ((once,), (first, second)) = profile_call(call), profile_together([other, call], [1, 2], WallClock(DEVICE))
+    assert once.launches == sum(count for count, _ in once.kernels.values()) == 1
+    for found in (alone, first, second):
+        assert found.launches == sum(count for count, _ in found.kernels.values()) == 7
+        assert 0.5 < found.gpu_ms / alone.gpu_ms < 2
 
 
 def test_spread_is_the_percentiles():
