@@ -20,7 +20,6 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from labs import checklist
 from labs.studies import (
     byte_lm,
     grouped_gemm,
@@ -202,6 +201,13 @@ def test_the_recorded_charts_are_what_their_json_draws(path, tmp_path):
     assert charts
     for chart in charts:
         assert chart.read_bytes() == (path.parent / chart.name).read_bytes(), "run make plots"
+
+
+@pytest.mark.parametrize("path", redraw.recorded(), ids=lambda path: path.stem)
+def test_a_recorded_sentence_is_what_its_figures_say(path):
+    known = redraw.STUDIES[study.name_of(path)]
+    record = study.load(path, known)
+    assert record["conclusion"] == study.sentence(known, record), "run make plots"
 
 
 def test_redrawing_names_a_file_that_is_no_record(tmp_path):
@@ -464,206 +470,6 @@ def test_a_profile_tells_which_kernels_are_gone():
     assert "level 8 has no kernel left for activation; gather, combine, spends 1.00 ms around" in said
     kept = run("level 8", "up_kernel", "silu_mul_kernel", "combine_kernel", "copy")
     assert "level 8 spends 3.00 ms around" in reading_a_profile.conclude({"runs": [old, kept]})
-
-
-# ---- throughput ------------------------------------------------------------------------------------
-
-def throughput_of(tmp_path: Path, *words: str) -> int:
-    return study.main(throughput.STUDY, ["--device", DEVICE, "--out", str(tmp_path), *words])
-
-
-def factor(text: str) -> float:
-    return float(re.search(r"([\d.,]+) times the", text)[1].replace(",", ""))
-
-
-def test_throughput_refuses_the_seeds_claim(tmp_path, capsys):
-    """186 billion tokens a day of DeepSeek-V3 on 8 H100s."""
-    assert throughput_of(tmp_path, "--config", "deepseek-v3", "--hardware", "h100", "--num-gpus", "8", "--layer-ms",
-                         "12", "--layer-tokens", "4096", "--sequence", "1", "--claim", "186e9") == 1
-    assert factor(capsys.readouterr().err) == pytest.approx(60, rel=0.02)
-    assert not list(tmp_path.iterdir()), "a refused result is not written"
-
-
-def test_a_refusal_shows_what_it_rests_on(tmp_path, capsys):
-    words = ["--config", "qwen3-30b-a3b", "--layer-tokens", "16384", "--layer-ms"]
-    assert throughput_of(tmp_path, *words, "0.1") == 1
-    shown = capsys.readouterr().out
-    assert "--other-efficiency" in shown
-    assert "tokens/day" not in shown, "no table of what cannot be"
-    assert throughput_of(tmp_path, *words, "4", "--claim", "1e15") == 1
-    shown = capsys.readouterr().out
-    assert "--other-efficiency" in shown
-    assert "tokens/day" in shown, "the claim is refused, the estimate is not"
-
-
-def test_throughput_refuses_a_layer_above_the_peak(tmp_path, capsys):
-    flops = 6 * 16384 * 8 * 2048 * 768
-    at_peak_ms = flops / throughput.HARDWARE["h200"].tflops / 1e9
-    words = ["--config", "qwen3-30b-a3b", "--layer-tokens", "16384", "--layer-ms"]
-    assert throughput_of(tmp_path, *words, str(at_peak_ms / 2)) == 1
-    assert factor(capsys.readouterr().err) == pytest.approx(2, rel=0.01)
-    assert throughput_of(tmp_path, *words, str(at_peak_ms * 1.01)) == 0
-
-
-def test_throughput_follows_from_its_assumptions(tmp_path, capsys):
-    words = ["--config", "mixtral-8x7b", "--hardware", "a100", "--layer-ms", "100", "--layer-tokens", "8192", "--price",
-             "2", "--num-gpus", "4", "--doubling-efficiency", "1", "--mode", "inference"]
-    assert throughput_of(tmp_path, *words) == 0
-    figures = json.loads(next(tmp_path.glob("*.json")).read_text())["figures"]
-    model, flops = throughput.MODELS["mixtral-8x7b"], throughput.flops_a_token(
-        throughput.MODELS["mixtral-8x7b"], throughput.preset("mixtral-8x7b"), 4096)
-    seconds = model.moe_layers * 0.1 / 8192 + flops["other"] / (312e12 * 0.5)
-    case = figures["case"]
-    assert case["tokens_per_s"] == pytest.approx(4 / seconds)
-    assert case["dollars_per_trillion"] == pytest.approx(1e12 / case["tokens_per_s"] / 3600 * 4 * 2)
-    assert case["tokens_per_day"] == pytest.approx(case["ideal_per_day"])
-    assert case["share_of_peak"] < 1
-    names = " ".join(name for name, _ in figures["assumptions"])
-    for option in ("--times", "--hardware", "--backward", "--other-efficiency", "--doubling-efficiency", "--price"):
-        assert option in names
-
-
-def test_layers_scale_the_model(tmp_path):
-    def model(*words: str) -> throughput.Model:
-        parser = argparse.ArgumentParser()
-        throughput.arguments(parser)
-        return throughput.model_of(parser.parse_args(["--config", "mixtral-8x7b", *words]))
-
-    whole, half = model(), model("--layers", "16")
-    assert (half.layers, half.moe_layers) == (16, 16)
-    assert half.total_billions == pytest.approx(whole.total_billions / 2)
-    assert half.active_billions == pytest.approx(whole.active_billions / 2)
-    dense = model("--layers", "33")
-    assert dense.total_billions == pytest.approx(whole.total_billions * 33 / 32)
-
-
-def test_a_backward_goes_with_a_forward_of_as_many_tokens(tmp_path):
-    assert throughput_of(tmp_path, "--config", "qwen3-30b-a3b") == 0
-    figures = json.loads(next(tmp_path.glob("*.json")).read_text())["figures"]
-    steps = json.loads(throughput.BACKWARD_TIMES.read_text())["figures"]["shapes"]
-    (shape,) = (one for one in steps if one["config"] == "qwen3-30b-a3b")
-    assert figures["measured"]["tokens"] == shape["shape"]["T"]
-    assert figures["measured"]["level"] == "backward"
-    ours = next(row for row in shape["rows"] if row["name"] == "our kernels")
-    assert 1 + figures["backward"]["times"] == pytest.approx(ours["step_ms"]["p50"] / ours["forward_ms"]["p50"])
-
-
-@pytest.mark.parametrize(("hardware", "gpu", "given", "scale"), [
-    ("h100", "NVIDIA H200", None, 4.8 / 3.35),
-    ("b200", "NVIDIA H200", None, 4.8 / 8.0),
-    ("h100", "NVIDIA H200", 1.1, 1.1),
-    ("h100", "a GPU that is not known", None, 1.0),
-])
-def test_other_hardware_takes_the_worse_of_its_two_limits(hardware, gpu, given, scale):
-    args = argparse.Namespace(hardware=hardware, layer_scale=given)
-    assert throughput.layer_scale(args, {"environment": {"gpu": gpu}})[0] == pytest.approx(scale)
-
-
-def test_every_assumption_of_throughput_is_printed_and_can_be_set(tmp_path):
-    words = {"--other-backward": "3", "--layer-scale": "1.25", "--bytes-a-parameter": "12",
-             "--other-efficiency": "0.25", "--price": "7"}
-    assert throughput_of(tmp_path, *(word for pair in words.items() for word in pair)) == 0
-    figures = json.loads(next(tmp_path.glob("*.json")).read_text())["figures"]
-    printed = dict(figures["assumptions"])
-    for name, said in {"--other-backward": "3.00 times", "--layer-scale": "1.25 (--layer-scale)",
-                       "--bytes-a-parameter": "12,", "--other-efficiency": "25%", "--price": "$7.00"}.items():
-        assert printed[name].startswith(said)
-    assert figures["parameters_gb"] == pytest.approx(12 * throughput.MODELS[figures["config"]].total_billions)
-    assert figures["layer_ms"] == pytest.approx(1.25 * figures["measured"]["ms"])
-
-
-@pytest.mark.parametrize(("words", "said"), [
-    (["--num-gpus", "0"], "--num-gpus 0"),
-    (["--other-efficiency", "1.5"], "--other-efficiency 1.5"),
-    (["--other-backward", "-1"], "--other-backward -1"),
-    (["--layer-scale", "0"], "--layer-scale 0"),
-    (["--layer-ms", "5"], "--layer-tokens"),
-    (["--times", "no/such/file.json"], "no/such/file.json"),
-    (["--level", "no such level"], "no such level"),
-])
-def test_throughput_names_the_argument_that_cannot_be(tmp_path, capsys, words, said):
-    assert throughput_of(tmp_path, *words) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_recorded_throughputs_are_below_the_peak():
-    """Of the files in plots/: nothing on record that no GPU can do."""
-    for path in (study.ROOT / "plots" / "studies").glob("*_throughput_*.json"):
-        figures = json.loads(path.read_text())["figures"]
-        assert all(one["share_of_peak"] < 1 for one in [figures["case"], *figures["curve"]])
-
-
-@pytest.mark.parametrize("path", redraw.recorded(), ids=lambda path: path.stem)
-def test_a_recorded_sentence_is_what_its_figures_say(path):
-    known = redraw.STUDIES[study.name_of(path)]
-    record = study.load(path, known)
-    assert record["conclusion"] == study.sentence(known, record), "run make plots"
-
-
-# ---- the checklist ---------------------------------------------------------------------------------
-
-def test_checklist_says_pass_or_what_it_needs(monkeypatch, capsys):
-    monkeypatch.setattr(checklist, "load_within_2x", lambda device: checklist.Outcome(True, "not trained here"))
-    monkeypatch.setitem(checklist.ITEMS, "load within 2x", checklist.load_within_2x)
-    assert checklist.main(["--device", "cpu"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == len(checklist.ITEMS)
-    for line in out:
-        assert line.startswith(("pass  ", "n/a   ")), line
-        assert ("n/a (needs CUDA)" in line) == line.startswith("n/a")
-
-
-def test_checklist_fails_with_a_failing_line(monkeypatch, capsys):
-    monkeypatch.setitem(checklist.ITEMS, "grouped faster than sequential",
-                        lambda device: checklist.Outcome(False, "0.9 times as fast, wanted above 1"))
-    assert checklist.main(["--device", "cpu", "grouped", "forward"]) == 1
-    out = capsys.readouterr().out
-    assert "FAIL  grouped faster than sequential: 0.9 times" in out
-    assert "pass  basic MoE forward works" in out
-
-
-def test_checklist_goes_on_after_a_line_that_raises(monkeypatch, capsys):
-    def broken(device: torch.device) -> checklist.Outcome:
-        raise ValueError("no such kernel")
-
-    monkeypatch.setitem(checklist.ITEMS, "basic MoE forward works", broken)
-    assert checklist.main(["--device", "cpu", "forward", "rounding"]) == 1
-    out = capsys.readouterr().out
-    assert "FAIL  basic MoE forward works: ValueError: no such kernel" in out
-    assert "pass  utilisation above 95% with rounding" in out
-
-
-def test_checklist_knows_its_lines(capsys):
-    assert checklist.main(["no such line"]) == 2
-    assert "grouped faster than sequential" in capsys.readouterr().err
-
-
-@pytest.mark.gpu
-def test_checklist_is_green_on_a_gpu(capsys):
-    assert checklist.main([]) == 0
-    assert "n/a" not in capsys.readouterr().out
-
-
-# ---- the learning path ------------------------------------------------------------------------------
-
-LEARNING_PATH = study.ROOT / "labs" / "README.md"
-
-
-def test_the_learning_paths_links_and_commands_exist():
-    text = LEARNING_PATH.read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (LEARNING_PATH.parent / target).exists(), target
-    commands = re.findall(r"python (labs/[\w/]+\.py|level_runner\.py)", text)
-    assert len(commands) > 10
-    for path in commands:
-        assert (study.ROOT / path).exists(), path
-    for name in TINY:
-        assert f"{name}.py" in text, f"{name} is nowhere on the path"
-
-
-def test_the_learning_path_lists_the_checklists_lines():
-    for name in checklist.ITEMS:
-        assert f"| {name} |" in LEARNING_PATH.read_text()
 
 
 # ---- machine code ----------------------------------------------------------------------------------
