@@ -75,10 +75,9 @@ class OptimizedMoELayer(nn.Module):
     gradient_checkpointing: keep x, scores and ids for backward, and compute the experts' forward again.
     shared_ffn_dim: width of a shared expert, 0 for none.
     backend: `auto`, or one of `kernels`, `grouped`, `loop` by name.
-    cuda_graph: evaluation without gradients runs under a CUDA graph, one a token count and one more for an x whose
-        address comes again, which is read where it lies; the output is a graph's buffer, which the next call of as many
-        tokens overwrites. Nothing changes on a CPU, nor where a backend makes the host wait: the loop, and grouped_mm
-        in other dtypes than bfloat16.
+    cuda_graph: evaluation without gradients runs under a CUDA graph, into buffers allocated once a token count; the
+        output is such a buffer, which the next call of as many tokens overwrites. Nothing changes on a CPU, nor where a
+        backend makes the host wait: the loop, and grouped_mm in other dtypes than bfloat16.
     collect_stats: keep what stats() tells. Without, evaluation may take the ladder's own router kernel.
     rounding_least_tiles: mean rows an expert, in tiles, below which token rounding turns itself off.
     balance_group: process group over which loads are summed for the balance loss and update_balance(). With a group

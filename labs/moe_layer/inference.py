@@ -1,8 +1,7 @@
 """Inference on a GPU: the layer's forward recorded once for a token count, replayed into the same buffers.
 
 First call at a T: run it on the side, so that kernels compile, then capture. Each call: copy x into the captured input,
-one replay, the captured output. An x that lies where one lay before gets a graph that reads it there, as in level 8.
-The output is a graph's own buffer: the next call at that T overwrites it.
+one replay, the captured output. The output is the graph's own buffer: the next call at that T overwrites it.
 
 What is recorded is level 8, unless experts have a capacity: its experts behind the layer's own router, or, where that
 is the plain one (softmax and top-k) and no statistics are asked for, the whole of it, whose router is a kernel too.
@@ -12,7 +11,7 @@ Level 8 keeps gate_up a second time, in its own order; level 9's forward would w
 from __future__ import annotations
 
 import gc
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,8 +30,7 @@ from labs.moe_layer.statistics import Loads
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K rows.
 
-MAX_GRAPHS = 16  # each of a token count and an address of x; the least recently used goes first
-COPIED = 0  # stands for the address of an x that is copied
+MAX_GRAPHS = 16  # one a token count; the least recently used goes first
 
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, Loads | None]]  # x_TD -> out_TD, and what stats() is to tell
 RoutedForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -76,10 +74,10 @@ def version(tensor: torch.Tensor) -> int:
 
 
 class Replay(NamedTuple):
-    """A captured forward, its input if that is our own, and what it returned."""
+    """A captured forward, its input and what it returned."""
 
     graph: torch.cuda.CUDAGraph
-    own_x_TD: torch.Tensor | None
+    x_TD: torch.Tensor
     found: tuple[torch.Tensor, Loads | None]
 
 
@@ -97,8 +95,7 @@ class GraphedForward:
     def _forget(self) -> None:
         self.state: tuple | None = None
         self.forward: Forward | None = None
-        self.replays: OrderedDict[tuple[int, int], Replay] = OrderedDict()  # of T and the address of x
-        self.met: deque[tuple[int, int]] = deque(maxlen=MAX_GRAPHS // 2)  # T and address of those without a graph
+        self.replays: OrderedDict[int, Replay] = OrderedDict()
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a graph cannot be copied; the copied layer makes its own
@@ -106,42 +103,32 @@ class GraphedForward:
     @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
     @torch.no_grad()
     def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Loads | None]:
-        """x_TD (T, D), T >= 1, on the weights' GPU and in one dtype -> what the forward returns, in a graph's own
-        buffers."""
-        T, address = x_TD.shape[0], x_TD.data_ptr()
+        """x_TD (T, D), T >= 1, on the weights' GPU -> what the forward returns, in the graph's own buffers."""
+        T = x_TD.shape[0]
         state = tuple((tensor.data_ptr(), version(tensor)) for tensor in self.weights())
         if state != self.state:
             self._forget()
             self.state, self.forward = state, self.make_forward()
-        place = T, address if x_TD.is_contiguous() and address % 16 == 0 else COPIED
-        if place not in self.replays and place not in self.met:
-            self.met.append(place)
-            place = T, COPIED
-        if place not in self.replays:
-            self.replays[place] = self._capture(x_TD.detach(), place)
+        if T not in self.replays:
+            self.replays[T] = self._capture(x_TD)
             if len(self.replays) > MAX_GRAPHS:
                 self.replays.popitem(last=False)
-        self.replays.move_to_end(place)
-        replay = self.replays[place]
-        if replay.own_x_TD is not None:
-            replay.own_x_TD.copy_(x_TD)
+        self.replays.move_to_end(T)
+        replay = self.replays[T]
+        replay.x_TD.copy_(x_TD)
         replay.graph.replay()
         return replay.found
 
-    def _capture(self, x_TD: torch.Tensor, place: tuple[int, int]) -> Replay:
-        T, address = place
-        own_x_TD = x_TD.clone(memory_format=torch.contiguous_format) if address == COPIED else None
-        read_TD = x_TD if own_x_TD is None else own_x_TD
+    def _capture(self, x_TD: torch.Tensor) -> Replay:
+        own_x_TD = x_TD.detach().clone(memory_format=torch.contiguous_format)
         side = torch.cuda.Stream(x_TD.device)
         side.wait_stream(torch.cuda.current_stream(x_TD.device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self.forward(read_TD)
+                self.forward(own_x_TD)
         torch.cuda.current_stream(x_TD.device).wait_stream(side)
         gc.collect()  # a graph of another layer that a cycle keeps, let go in between, would end the capture
-        # Graphs of one T share what they work in, so an output is good until the next call at that T, whichever runs.
-        pool = next((replay.graph.pool() for known, replay in self.replays.items() if known[0] == T), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            found = self.forward(read_TD)
+        with torch.cuda.graph(graph):
+            found = self.forward(own_x_TD)
         return Replay(graph, own_x_TD, found)
