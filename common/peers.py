@@ -64,11 +64,12 @@ class Captured:
 
     def __init__(self, forward: Forward):
         self.forward = forward
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        if x_TD.data_ptr() not in self.graphs:
+        place = x_TD.data_ptr(), x_TD.shape, x_TD.stride()
+        if place not in self.graphs:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -76,8 +77,9 @@ class Captured:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
-                self.graphs[x_TD.data_ptr()] = graph, x_TD, self.forward(x_TD)
-        graph, _, out_TD = self.graphs[x_TD.data_ptr()]
+                out_TD = self.forward(x_TD)
+            self.graphs[place] = graph, x_TD, out_TD
+        graph, _, out_TD = self.graphs[place]
         graph.replay()
         return out_TD
 

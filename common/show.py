@@ -149,11 +149,12 @@ class Screen:
         """A common.run.Reporter that shows this workload."""
         return _Reporter(self, f"{workload.config.name} T={workload.T} {dtype_name(workload.dtype)}")
 
-    def show(self, text: str, run: Run | None) -> None:
-        """Refresh the live lines, or say the stage where there is no terminal."""
+    def show(self, text: str, run: Run | None, always: bool = False) -> None:
+        """Refresh the live lines, or say the stage where there is no terminal: `always`, or two seconds after the
+        last."""
         if self.console.is_terminal:
             self.live.update(Group(run_table(run), Text(text)) if run else Text(text))
-        elif time.monotonic() - self._said > 2:
+        elif always or time.monotonic() - self._said > 2:
             self._said = time.monotonic()
             self.console.print(text)
 
@@ -165,7 +166,7 @@ class _Reporter:
 
     def stage(self, text: str) -> None:
         self.text = f"{self.prefix}: {text} ..."
-        self.screen.show(self.text, self.run)
+        self.screen.show(self.text, self.run, always=text in ("warming the chip", "profiling"))
 
     def update(self, run: Run) -> None:
         self.run = run

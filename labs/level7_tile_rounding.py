@@ -21,7 +21,7 @@ Diff   make diff N=7
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -55,9 +55,10 @@ LEVEL = Level(
 # Row tiles to round to. The GEMM's tiles are as long, or half as long.
 TILES = (64, 128, 256)
 
-# Graphs kept, each of a token count and an address of x; the least recently used goes first.
+# Token counts whose graphs are kept; the least recently used goes first.
 MAX_GRAPHS = 16
-COPIED = 0  # stands for the address of an x that is copied
+# Calls in a row from another address after which x is read there: captures cost little however addresses change.
+PATIENCE = 100
 
 
 @triton.jit
@@ -271,54 +272,60 @@ class Replay:
     """`forward` behind CUDA graphs: (T, D) -> what it returns, valid until the next call at any T, because
     the graphs share their memory.
 
-    A graph reads x at one address. An x at an address that came before gets a graph that reads it where it
-    lies; any other is copied to a buffer of our own, and a graph reads that.
-
-    Raises ValueError if x is not (T, D) in the dtype and on the device of the weights: a copy into the
-    captured input would convert it without a word.
+    A graph reads x at one address: a T's first graph in a buffer of our own, to which x is copied. Two calls
+    in a row from one address bring a second graph, which reads x where it lies; another address takes its
+    place after PATIENCE calls in a row. Raises ValueError if x is not (T, D) in the dtype and on the device
+    of the weights: a copy into the captured input would convert it without a word.
     """
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], weights: Weights):
         self.forward, self.like = forward, weights.router_ED
-        self.graphs: OrderedDict[tuple[int, int], tuple] = OrderedDict()  # T, address -> graph, output, own input
-        self.met: deque[tuple[int, int]] = deque(maxlen=MAX_GRAPHS // 2)  # T and address of those without a graph
+        self.graphs: OrderedDict[int, tuple] = OrderedDict()  # T -> graph, its output, its own input
+        self.in_place: dict[int, tuple] = {}  # T -> graph, its output, the address where it reads
+        self.met: dict[int, tuple[int, int]] = {}  # T -> the last address, how often it came in a row
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
 
+    @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
+    @torch.no_grad()
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         D, dtype, device = self.like.shape[1], self.like.dtype, self.like.device
         if x_TD.dim() != 2 or x_TD.shape[1] != D or x_TD.dtype != dtype or x_TD.device != device:
             raise ValueError(f"x is {tuple(x_TD.shape)} {x_TD.dtype} on {x_TD.device}: "
                              f"this forward was built for (T, {D}) {dtype} on {device}")
-        T, address = x_TD.shape[0], x_TD.data_ptr()
+        T = x_TD.shape[0]
         if T == 0:
             return torch.empty_like(x_TD)
-        place = T, address if x_TD.is_contiguous() and address % 16 == 0 else COPIED
-        if place not in self.graphs and place not in self.met:
-            self.met.append(place)
-            place = T, COPIED
-        if place not in self.graphs:
-            own_x_TD = x_TD.clone(memory_format=torch.contiguous_format) if place[1] == COPIED else None
-            self.graphs[place] = *self.capture(x_TD if own_x_TD is None else own_x_TD), own_x_TD
+        if T not in self.graphs:
+            own_x_TD = x_TD.clone(memory_format=torch.contiguous_format)
+            self.graphs[T] = *self.capture(own_x_TD, first=True), own_x_TD
             if len(self.graphs) > MAX_GRAPHS:
-                self.graphs.popitem(last=False)
-        self.graphs.move_to_end(place)
-        graph, captured_out_TD, own_x_TD = self.graphs[place]
-        if own_x_TD is not None:
+                oldest, _ = self.graphs.popitem(last=False)
+                self.in_place.pop(oldest, None)
+        self.graphs.move_to_end(T)
+        address = x_TD.data_ptr() if x_TD.is_contiguous() and x_TD.data_ptr() % 16 == 0 else 0  # 0: unreadable
+        last, times = self.met.get(T, (0, 0))
+        self.met[T] = address, times + 1 if address == last else 1
+        graph, out_TD, place = self.in_place.get(T, (None, None, -1))
+        if address not in (0, place) and self.met[T][1] >= (2 if place < 0 else PATIENCE):
+            graph, out_TD, place = self.in_place[T] = *self.capture(x_TD.detach(), first=False), address
+        if address != place:
+            graph, out_TD, own_x_TD = self.graphs[T]
             own_x_TD.copy_(x_TD)
         graph.replay()
-        return captured_out_TD
+        return out_TD
 
-    def capture(self, x_TD: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """Run `forward` once to compile its kernels, then record it, reading x there: graph, its output."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.forward(x_TD)
-        torch.cuda.current_stream().wait_stream(stream)
+    def capture(self, x_TD: torch.Tensor, first: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Record `forward`, reading x there: graph, its output. `first` of its T: run once before, to compile."""
+        if first:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.forward(x_TD)
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            captured_out_TD = self.forward(x_TD)
-        return graph, captured_out_TD
+            out_TD = self.forward(x_TD)
+        return graph, out_TD
 
 
 def compile_whole(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -352,7 +359,7 @@ class RoundedReplay(Replay):
         found, T = super().__call__(x_TD), x_TD.shape[0]
         out_TD, rounded = found if T else (found, None)
         if T not in self.rounded:
-            self.rounded = {kept: self.rounded[kept] for kept, _ in self.graphs if kept in self.rounded}
+            self.rounded = {kept: self.rounded[kept] for kept in self.graphs if kept in self.rounded}
         self.rounded[T] = rounded
         return out_TD
 

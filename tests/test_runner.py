@@ -17,6 +17,7 @@ from common.cli import run_alone
 from common.config import MoEConfig, Workload, preset
 from common.level import Level, Loaded, discover
 from common import measure
+from common import run as common_run
 from common.measure import (
     Ceilings, Spread, WallClock, environment, gate, interleave, profile_call, profile_together, warm_up,
 )
@@ -122,6 +123,43 @@ def test_a_level_that_froze_its_first_batch_is_red(tmp_path):
     status, (recorded,) = run(tmp_path, levels=[GOOD, fake(1, "frozen", freeze)])
     assert status == 1
     assert recorded.levels[1].status == "failed"
+
+
+def test_a_level_that_froze_what_it_read_at_an_address_is_red(tmp_path):
+    """As a graph would that was captured at x's address: both batches come to the address that is timed."""
+    right, seen = discover()[1], {}
+
+    def build(cfg, weights):
+        forward = right.build(cfg, weights)
+        return lambda x_TD: seen.setdefault(x_TD.data_ptr(), forward(x_TD))
+
+    frozen = Level(1, "frozen", "a level that freezes routing by address")
+    status, (recorded,) = run(tmp_path, levels=[GOOD, Loaded(frozen, types.SimpleNamespace(build=build, LEVEL=frozen))])
+    assert status == 1
+    assert recorded.levels[1].status == "failed"
+    assert len(seen) == 1
+
+
+def test_what_was_timed_stands_when_the_profiler_fails(tmp_path, monkeypatch, capsys):
+    class Clock(WallClock):
+        def __init__(self, device):
+            self.on_gpu = True
+
+        def __call__(self, call):
+            call()
+            return 1.0
+
+    def fail(*_):
+        raise RuntimeError("one of the calls waits")
+
+    for name, stand_in in {"WallClock": Clock, "warm_up": lambda *_: None, "count_host_syncs": lambda _: 0,
+                           "profile_together": fail}.items():
+        monkeypatch.setattr(common_run, name, stand_in)
+    status, (recorded,) = run(tmp_path, levels=[GOOD])
+    assert status == 0
+    assert recorded.levels[0].wall_ms.p50 == 1.0
+    assert recorded.levels[0].gpu_ms is None
+    assert "one of the calls waits" in capsys.readouterr().err
 
 
 def test_runs_of_other_workloads_stay_in_the_file(tmp_path):
@@ -399,7 +437,11 @@ def test_the_chip_is_warmed_by_rounds_of_all_calls():
 
         def __call__(self, call):
             ran.append(call)
+            return 1e4 if call == "slow" else 0.0
 
+    warm_up(["slow"], Clock(), 0.05)
+    assert ran == ["slow"]
+    ran.clear()
     warm_up("abc", Clock(), 0.05)
     assert len(ran) > 30
     assert all(sorted(ran[i:i + 3]) == list("abc") for i in range(0, len(ran) // 3 * 3, 3))
