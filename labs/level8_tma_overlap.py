@@ -165,8 +165,6 @@ class Replay:
         self.met: dict[int, tuple[int, int]] = {}  # T -> the last address, how often it came in a row
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
 
-    @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
-    @torch.no_grad()
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         D, dtype, device = self.like.shape[1], self.like.dtype, self.like.device
         if x_TD.dim() != 2 or x_TD.shape[1] != D or x_TD.dtype != dtype or x_TD.device != device:
@@ -176,8 +174,7 @@ class Replay:
         if T == 0:
             return torch.empty_like(x_TD)
         if T not in self.graphs:
-            own_x_TD = x_TD.clone(memory_format=torch.contiguous_format)
-            self.graphs[T] = *self.capture(own_x_TD, first=True), own_x_TD
+            self.graphs[T] = self.capture(x_TD, copied=True)
             if len(self.graphs) > MAX_GRAPHS:
                 oldest, _ = self.graphs.popitem(last=False)
                 self.in_place.pop(oldest, None)
@@ -187,16 +184,20 @@ class Replay:
         self.met[T] = address, times + 1 if address == last else 1
         graph, out_TD, place = self.in_place.get(T, (None, None, -1))
         if address not in (0, place) and self.met[T][1] >= (2 if place < 0 else PATIENCE):
-            graph, out_TD, place = self.in_place[T] = *self.capture(x_TD.detach(), first=False), address
+            graph, out_TD, place = self.in_place[T] = *self.capture(x_TD, copied=False)[:2], address
         if address != place:
             graph, out_TD, own_x_TD = self.graphs[T]
-            own_x_TD.copy_(x_TD)
+            own_x_TD.copy_(x_TD.detach())
         graph.replay()
         return out_TD
 
-    def capture(self, x_TD: torch.Tensor, first: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """Record `forward`, reading x there: graph, its output. `first` of its T: run once before, to compile."""
-        if first:
+    @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
+    @torch.no_grad()
+    def capture(self, x_TD: torch.Tensor, copied: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """Record `forward`, reading x there or, if `copied`, in a buffer of our own: graph, output, input. The latter
+        is a T's first, for which `forward` is run before, to compile."""
+        x_TD = x_TD.clone(memory_format=torch.contiguous_format) if copied else x_TD.detach()
+        if copied:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -205,7 +206,7 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             out_TD = self.forward(x_TD)
-        return graph, out_TD
+        return graph, out_TD, x_TD
 
 
 class RoundedReplay(Replay):

@@ -478,8 +478,8 @@ def describe_weights(weights_ENK: torch.Tensor, interleaved: bool = False) -> Te
         weight row    32 b + 8 q + 2 j + p    ->    row of the box    32 b + 8 j + 2 q + p
     `interleaved`: gate and up rows in blocks of 8 (tiles.py), of 64 rows: 16 q + 2 j + p -> 8 j + 2 q + p, so that j
     from 4 on are up's. Where N is no multiple of 32, or 64 interleaved, rows stay as they are.
-    (cuTensorMapEncodeTiled's documentation builds each stride from the one before. q's is four or eight times that of j,
-    which stands outside of it: the driver takes that, and tests of answers on a GPU would tell if one did not.)
+    (cuTensorMapEncodeTiled's documentation builds each stride from the one before. q's is four or eight times that of
+    j, which is outside of it: the driver takes that, and tests of answers on a GPU would tell if one did not.)
     """
     E, N, K = weights_ENK.shape
     period = 64 if interleaved else 32
