@@ -194,10 +194,10 @@ class Replay:
     @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
     @torch.no_grad()
     def capture(self, x_TD: torch.Tensor, copied: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """Record `forward`, reading x there or, if `copied`, in a buffer of our own: graph, output, input. The latter
-        is a T's first, for which `forward` is run before, to compile."""
+        """Record `forward`, reading x there or, if `copied`, in a buffer of our own: graph, output, input. `forward` is
+        run before where it may compile: for a T's first graph, and for a tensor of inference mode."""
         x_TD = x_TD.clone(memory_format=torch.contiguous_format) if copied else x_TD.detach()
-        if copied:
+        if copied or x_TD.is_inference():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -136,6 +136,15 @@ def test_graphs_of_old_token_counts_go(replay, module):
     check(replay, fresh(1))
 
 
+def test_a_tensor_of_inference_mode_may_compile_before_it_is_captured(replay, forward):
+    check(replay, fresh())
+    with torch.inference_mode():
+        x_TD = fresh()
+        for _ in range(3):
+            check(replay, x_TD)
+    assert (forward.run, forward.captured) == (2, 2)
+
+
 def test_inference_mode_is_left_and_entered(replay):
     x_TD = fresh().requires_grad_()
     for inference in (True, False, True, False):
