@@ -226,8 +226,8 @@ def profile_call(call: Callable[[], object]) -> Profile:
     return _profile_of(_events(call))
 
 
-def profile_together(calls: Sequence[Callable[[], object]], counts: Sequence[int], clock: WallClock,
-                     warm_seconds: float = 1.0) -> list[list[Profile]]:
+def profile_together(calls: Sequence[Callable[[], object]], counts: Sequence[int],
+                     clock: WallClock) -> list[list[Profile]]:
     """Profile each call as often as `counts` says, in shuffled rounds as they are timed, under one profiler: with one
     for each, the chip would cool in the pauses, and whoever comes first would find it hottest. Needs CUDA.
 
@@ -244,7 +244,6 @@ def profile_together(calls: Sequence[Callable[[], object]], counts: Sequence[int
         for turn in turns:
             clock(calls[turn])
 
-    warm_up(calls, clock, warm_seconds)
     events = _events(run)
     waits = sorted(event.time_range.end for event in events if event.name == "cudaDeviceSynchronize")
     parts: list[list] = [[] for _ in range(len(waits) + 1)]

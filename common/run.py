@@ -31,9 +31,10 @@ OFF = "rounding is off: under two tiles of rows an expert"
 
 
 class Reporter(Protocol):
-    """Who is told how a run goes: the stage it is in, and the run whenever a row of it changed."""
+    """Who is told how a run goes: the stage it is in, `long` if it may take seconds, and the run whenever a row of it
+    changed."""
 
-    def stage(self, text: str) -> None: ...
+    def stage(self, text: str, long: bool = False) -> None: ...
 
     def update(self, run: Run) -> None: ...
 
@@ -220,7 +221,7 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
         for call in ceilings.calls:
             clock(call)
         calls += ceilings.calls
-        reporter.stage("warming the chip")
+        reporter.stage("warming the chip", long=True)
         warm_up(calls, clock)
     for i, samples in enumerate(interleave(calls, rounds, clock, SECONDS_EACH)):
         for subject, taken in zip(ready, samples, strict=False):
@@ -232,7 +233,7 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
         reporter.stage(f"round {i + 1} of {rounds}")
         reporter.update(run)
     if clock.on_gpu:
-        reporter.stage("profiling")
+        reporter.stage("profiling", long=True)
         try:
             _profile(ready, calls[:len(ready)], clock)
         except RuntimeError:  # what was timed stands, without launches and GPU-busy times

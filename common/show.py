@@ -149,12 +149,12 @@ class Screen:
         """A common.run.Reporter that shows this workload."""
         return _Reporter(self, f"{workload.config.name} T={workload.T} {dtype_name(workload.dtype)}")
 
-    def show(self, text: str, run: Run | None, always: bool = False) -> None:
-        """Refresh the live lines, or say the stage where there is no terminal: `always`, or two seconds after the
-        last."""
+    def show(self, text: str, run: Run | None, long: bool = False) -> None:
+        """Refresh the live lines, or say the stage where there is no terminal, at most every two seconds but for `long`
+        ones."""
         if self.console.is_terminal:
             self.live.update(Group(run_table(run), Text(text)) if run else Text(text))
-        elif always or time.monotonic() - self._said > 2:
+        elif long or time.monotonic() - self._said > 2:
             self._said = time.monotonic()
             self.console.print(text)
 
@@ -164,9 +164,9 @@ class _Reporter:
         self.screen, self.prefix = screen, prefix
         self.text, self.run = "", None
 
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, long: bool = False) -> None:
         self.text = f"{self.prefix}: {text} ..."
-        self.screen.show(self.text, self.run, always=text in ("warming the chip", "profiling"))
+        self.screen.show(self.text, self.run, long)
 
     def update(self, run: Run) -> None:
         self.run = run

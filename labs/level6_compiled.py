@@ -44,10 +44,8 @@ LEVEL = Level(
     claims=Claims(host_syncs=0, max_launches=2),
 )
 
-# Token counts whose graphs are kept; the least recently used goes first.
-MAX_GRAPHS = 16
-# Calls in a row from another address after which x is read there: captures cost little however addresses change.
-PATIENCE = 100
+MAX_GRAPHS = 16  # token counts whose graphs are kept; the least recently used goes first
+PATIENCE = 100  # calls in a row from another address after which x is read there: captures shall cost little
 
 
 @triton.jit
@@ -239,8 +237,7 @@ def combine(y_RD: torch.Tensor, row_of_slot_TK: torch.Tensor, scores_TK: torch.T
 
 
 class Replay:
-    """`forward` behind CUDA graphs: (T, D) -> what it returns, valid until the next call at any T, because
-    the graphs share their memory.
+    """`forward` behind CUDA graphs, which share their memory: its result is valid until the next call at any T.
 
     A graph reads x at one address: a T's first graph in a buffer of our own, to which x is copied. Two calls
     in a row from one address bring a second graph, which reads x where it lies; another address takes its
@@ -266,8 +263,7 @@ class Replay:
         if T not in self.graphs:
             self.graphs[T] = self.capture(x_TD, copied=True)
             if len(self.graphs) > MAX_GRAPHS:
-                oldest, _ = self.graphs.popitem(last=False)
-                self.in_place.pop(oldest, None)
+                self.in_place.pop(self.graphs.popitem(last=False)[0], None)
         self.graphs.move_to_end(T)
         address = x_TD.data_ptr() if x_TD.is_contiguous() and x_TD.data_ptr() % 16 == 0 else 0  # 0: unreadable
         last, times = self.met.get(T, (0, 0))

@@ -52,13 +52,10 @@ LEVEL = Level(
     claims=Claims(host_syncs=0, max_launches=2),
 )
 
-# Row tiles to round to. The GEMM's tiles are as long, or half as long.
-TILES = (64, 128, 256)
+TILES = (64, 128, 256)  # row tiles to round to; the GEMM's are as long, or half as long
 
-# Token counts whose graphs are kept; the least recently used goes first.
-MAX_GRAPHS = 16
-# Calls in a row from another address after which x is read there: captures cost little however addresses change.
-PATIENCE = 100
+MAX_GRAPHS = 16  # token counts whose graphs are kept; the least recently used goes first
+PATIENCE = 100  # calls in a row from another address after which x is read there: captures shall cost little
 
 
 @triton.jit
@@ -269,8 +266,7 @@ def layer_rounded(
 
 
 class Replay:
-    """`forward` behind CUDA graphs: (T, D) -> what it returns, valid until the next call at any T, because
-    the graphs share their memory.
+    """`forward` behind CUDA graphs, which share their memory: its result is valid until the next call at any T.
 
     A graph reads x at one address: a T's first graph in a buffer of our own, to which x is copied. Two calls
     in a row from one address bring a second graph, which reads x where it lies; another address takes its
@@ -296,8 +292,7 @@ class Replay:
         if T not in self.graphs:
             self.graphs[T] = self.capture(x_TD, copied=True)
             if len(self.graphs) > MAX_GRAPHS:
-                oldest, _ = self.graphs.popitem(last=False)
-                self.in_place.pop(oldest, None)
+                self.in_place.pop(self.graphs.popitem(last=False)[0], None)
         self.graphs.move_to_end(T)
         address = x_TD.data_ptr() if x_TD.is_contiguous() and x_TD.data_ptr() % 16 == 0 else 0  # 0: unreadable
         last, times = self.met.get(T, (0, 0))
@@ -345,10 +340,8 @@ def compile_whole(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
 
 
 class RoundedReplay(Replay):
-    """A Replay of a forward that also returns its rounded routing, or None where top-k is exact.
-
-    The routing of the last replay stays where the graph has written it, for `rounding` to tell.
-    """
+    """A Replay of a forward that also returns its rounded routing, or None where top-k is exact: that stays where the
+    graph has written it, for `rounding` to tell."""
 
     def __init__(self, forward: Callable, weights: Weights, plan: Callable[[int], Plan]):
         super().__init__(forward, weights)
@@ -373,8 +366,7 @@ class RoundedReplay(Replay):
 def build(cfg: MoEConfig, weights: Weights, tile: int = 128, mode: str = "nearest") -> RoundedReplay:
     """A forward x_TD -> out_TD, (T, D) in the weights' dtype, T >= 0, that rounds to `tile` rows.
 
-    mode: nearest, up, down, balance, or exact for evaluation. Raises ValueError on misfit weights, or another
-    tile or mode.
+    mode: nearest, up, down, balance, or exact for evaluation. Raises ValueError for others, or misfit weights.
     """
     weights.check(cfg)
     if tile not in TILES:

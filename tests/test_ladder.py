@@ -54,7 +54,7 @@ def test_a_level_stands_alone(loaded):
     if loaded.level.number <= 8:
         siblings = re.findall(r"^\s*(?:from|import) labs[. ]level.*", source, re.MULTILINE)
         assert not siblings, "levels 0 to 8 import no sibling"
-    assert len(source.splitlines()) <= 410, "a level is read in one sitting"
+    assert len(source.splitlines()) <= 400, "a level is read in one sitting"
 
 
 def test_numbers_have_no_gap():

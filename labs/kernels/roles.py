@@ -210,22 +210,28 @@ def listen(ring, stage, phase):
 
 # ----------------------------------------------------------------------------------------------------- producers
 @gluon.jit
-def load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage):
-    """A stage's weights by TMA, as the descriptor's box says, zeros past their edges.
-
-    [256, 64]: of (experts * weight_rows, K), to be multiplied transposed. [1, 64, 256]: of (experts, K, N), straight.
-    [2, 128, 64]: of (2 * experts, F, K), 128 gate rows and the up rows of the same columns of F, transposed.
-    [8, 4, 4, 2, 64], or [4, 8, 4, 2, 64] interleaved: dealt out as `describe_weights` says, transposed.
-    """
+def load_weight_rows(weights_desc, first_row, k, bar, memory, pred=True):
+    """256 rows from first_row of all experts' weights on, their columns of step k, by TMA: dealt out or in their order,
+    as `describe_weights` chose."""
     box: gl.constexpr = weights_desc.block_type.shape
     if len(box) == 5:
         period: gl.constexpr = _BLOCK_N // box[0]
-        first = (expert * weight_rows + column * _BLOCK_N) // period
-        tma.async_copy_global_to_shared(weights_desc, [first, 0, 0, 0, k * _BLOCK_K], bar,
-                                        weights.index(stage)._reinterpret(gl.bfloat16, box, _SWIZZLED_5D))
-    elif len(box) == 2:
-        tma.async_copy_global_to_shared(weights_desc, [expert * weight_rows + column * _BLOCK_N, k * _BLOCK_K], bar,
-                                        weights.index(stage))
+        tma.async_copy_global_to_shared(weights_desc, [first_row // period, 0, 0, 0, k * _BLOCK_K], bar,
+                                        memory._reinterpret(gl.bfloat16, box, _SWIZZLED_5D), pred=pred)
+    else:
+        tma.async_copy_global_to_shared(weights_desc, [first_row, k * _BLOCK_K], bar, memory, pred=pred)
+
+
+@gluon.jit
+def load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage):
+    """A stage's weights by TMA, as the descriptor's box says, zeros past their edges.
+
+    [1, 64, 256]: of (experts, K, N), to be multiplied straight. [2, 128, 64]: of (2 * experts, F, K), 128 gate rows and
+    the up rows of the same columns of F, transposed. Of two or five dimensions: `describe_weights`'s, transposed.
+    """
+    box: gl.constexpr = weights_desc.block_type.shape
+    if len(box) != 3:
+        load_weight_rows(weights_desc, expert * weight_rows + column * _BLOCK_N, k, bar, weights.index(stage))
     else:
         stage_of_box = weights.index(stage)._reinterpret(gl.bfloat16, box, _SWIZZLED_3D)
         if box[0] == 1:

@@ -49,12 +49,12 @@ from labs.kernels.roles import (
     _ROW_BYTES,
     _ROWS,
     _STAGES,
-    _SWIZZLED_5D,
     _WEIGHT_BYTES,
     LAUNCH,
     describe,
     find_tile,
     find_tile_ahead,
+    load_weight_rows,
     next_stage,
     open_barriers,
     open_stages,
@@ -86,14 +86,7 @@ def load_weights(weights_desc, weight_row, k, stage, ring, wanted):
     _, weights, _, weights_full, _ = ring
     bar = weights_full.index(stage)
     mbarrier.expect(bar, _WEIGHT_BYTES, pred=wanted)
-    box: gl.constexpr = weights_desc.block_type.shape
-    if len(box) == 5:
-        period: gl.constexpr = _BLOCK_N // box[0]
-        tma.async_copy_global_to_shared(weights_desc, [weight_row // period, 0, 0, 0, k * _BLOCK_K], bar,
-                                        weights.index(stage)._reinterpret(gl.bfloat16, box, _SWIZZLED_5D), pred=wanted)
-    else:
-        tma.async_copy_global_to_shared(weights_desc, [weight_row, k * _BLOCK_K], bar, weights.index(stage),
-                                        pred=wanted)
+    load_weight_rows(weights_desc, weight_row, k, bar, weights.index(stage), wanted)
 
 
 @gluon.jit

@@ -84,7 +84,7 @@ class Say:
     def __init__(self, options: Options):
         self.options, self.said = options, ""
 
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, long: bool = False) -> None:
         """Rounds follow each other too fast to be said one by one."""
         if not text.startswith("round ") and text != self.said:
             self.said = text
