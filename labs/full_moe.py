@@ -75,9 +75,10 @@ class OptimizedMoELayer(nn.Module):
     gradient_checkpointing: keep x, scores and ids for backward, and compute the experts' forward again.
     shared_ffn_dim: width of a shared expert, 0 for none.
     backend: `auto`, or one of `kernels`, `grouped`, `loop` by name.
-    cuda_graph: evaluation without gradients runs under a CUDA graph, into buffers allocated once a token count; the
-        output is such a buffer, which the next call of as many tokens overwrites. Nothing changes on a CPU, nor where a
-        backend makes the host wait: the loop, and grouped_mm in other dtypes than bfloat16.
+    cuda_graph: evaluation without gradients runs under a CUDA graph, into buffers allocated once a token count, or
+        twice where x comes from one address again and is read there; the output is such a buffer, which the next call
+        of as many tokens overwrites. Nothing changes on a CPU, nor where a backend makes the host wait: the loop, and
+        grouped_mm in other dtypes than bfloat16.
     collect_stats: keep what stats() tells. Without, evaluation may take the ladder's own router kernel.
     rounding_least_tiles: mean rows an expert, in tiles, below which token rounding turns itself off.
     balance_group: process group over which loads are summed for the balance loss and update_balance(). With a group

@@ -378,8 +378,28 @@ def test_stats_tell_the_last_replay(options, device):
 def test_graphed_inference_keeps_its_buffer(device):
     made = {"device": device, "dtype": torch.bfloat16}
     layer = OptimizedMoELayer.for_inference(256, 128, 16, 4, **made)
-    first, second = (layer(torch.randn(64, 256, **made)) for _ in range(2))
-    assert first.data_ptr() == second.data_ptr()
+    x_TD = torch.randn(64, 256, **made)
+    first, second, third = (layer(x_TD) for _ in range(3))
+    assert first.data_ptr() != second.data_ptr() == third.data_ptr()  # copied; read where it lies
+
+
+@pytest.mark.gpu
+def test_an_output_stands_until_the_next_call_of_as_many_tokens(device):
+    """Though graphs of one count share memory, and x may be the last output."""
+    made = {"device": device, "dtype": torch.bfloat16}
+    layer = OptimizedMoELayer.for_inference(256, 128, 16, 4, **made)
+    plain = copy.deepcopy(layer)
+    plain.cuda_graph = False
+    x_TD, other_TD = torch.randn(64, 256, **made), torch.randn(96, 256, **made)
+    for _ in range(3):
+        out_TD, expected_TD = layer(x_TD), plain(x_TD)
+        for _ in range(3):
+            layer(other_TD)
+        assert relative_error(out_TD, expected_TD.double()) < 2e-2
+    for _ in range(4):
+        expected_TD = plain(x_TD)
+        x_TD = layer(x_TD)
+        assert relative_error(x_TD, expected_TD.double()) < 2e-2
 
 
 # ---- bad input -----------------------------------------------------------------------------------

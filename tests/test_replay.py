@@ -1,4 +1,4 @@
-"""Levels 5 to 8 behind CUDA graphs: which graph answers, with graphs that record and replay on a CPU.
+"""Levels 5 to 8 and the layer behind CUDA graphs: which graph answers, with graphs that record and replay on a CPU.
 
 The real ones run in tests/test_claims.py, on a GPU.
 """
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from common.model import Weights
+from labs.moe_layer.inference import MAX_COUNTS, GraphedForward
 from tests.cases import LEVELS
 
 D = 16
@@ -48,8 +49,8 @@ class Forward:
         return out_TD
 
 
-@pytest.fixture(params=[5, 6, 7, 8], ids=lambda number: f"level{number}")
-def module(request, monkeypatch):
+@pytest.fixture
+def stand_ins(monkeypatch):
     @contextlib.contextmanager
     def capture(graph, pool):
         Graph.capturing = graph
@@ -61,6 +62,10 @@ def module(request, monkeypatch):
                            "Stream": lambda: stream, "current_stream": lambda: stream,
                            "stream": lambda stream: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+@pytest.fixture(params=[5, 6, 7, 8], ids=lambda number: f"level{number}")
+def module(request, stand_ins):
     return LEVELS[request.param].module
 
 
@@ -167,3 +172,31 @@ def test_rounding_tells_of_the_last_call(monkeypatch, forward):
             replay(x_TD)
             assert replay.rounding(len(x_TD)) == (x_TD.sum().item(), len(x_TD))
         assert replay.rounding(5) is None
+
+
+def test_the_layer_has_graphs_of_its_own_for_each_count_and_state_of_the_weights(stand_ins, forward):
+    weight, made = torch.ones(1), []
+    graphed = GraphedForward(lambda: made.append(weight.item()) or forward, lambda: [weight])
+    inputs = {T: fresh(T) for T in range(1, MAX_COUNTS + 1)}
+    for x_TD in inputs.values():
+        for _ in range(3):
+            check(graphed, x_TD)
+    assert (made, forward.run, forward.captured) == ([1.0], MAX_COUNTS, 2 * MAX_COUNTS)
+    assert [list(replay.in_place) for replay in graphed.replays.values()] == [[T] for T in inputs]
+    check(graphed, fresh(MAX_COUNTS + 1))
+    assert list(graphed.replays) == list(range(2, MAX_COUNTS + 2))
+    weight.add_(1)
+    check(graphed, inputs[3])
+    assert made == [1.0, 2.0]
+    assert list(graphed.replays) == [3]
+
+
+def test_layers_that_go_do_not_end_a_capture(stand_ins, forward, monkeypatch):
+    """A graph that only a cycle keeps is collected before, not during: CUDA forbids to destroy one then."""
+    at = []
+    monkeypatch.setattr("gc.collect", lambda: at.append((Graph.capturing, forward.captured)))
+    graphed = GraphedForward(lambda: forward, lambda: [])
+    x_TD = fresh()
+    for _ in range(2):
+        graphed(x_TD)
+    assert at == [(None, 0), (None, 1)]

@@ -1,7 +1,9 @@
 """Inference on a GPU: the layer's forward recorded once for a token count, replayed into the same buffers.
 
-First call at a T: run it on the side, so that kernels compile, then capture. Each call: copy x into the captured input,
-one replay, the captured output. The output is the graph's own buffer: the next call at that T overwrites it.
+A token count's graphs are those of level 8's Replay: the first call runs the forward on the side, so that kernels
+compile, then captures it. Each call copies x into the captured input, unless it comes from where the last one came, for
+which there is a graph that reads it there; then one replay. The output is a graph's own buffer: the next call at that T
+overwrites it.
 
 What is recorded is level 8, unless experts have a capacity: its experts behind the layer's own router, or, where that
 is the plain one (softmax and top-k) and no statistics are asked for, the whole of it, whose router is a kernel too.
@@ -13,7 +15,6 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -30,7 +31,7 @@ from labs.moe_layer.statistics import Loads
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K rows.
 
-MAX_GRAPHS = 16  # one a token count; the least recently used goes first
+MAX_COUNTS = 16  # token counts that have graphs; the least recently used goes first
 
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, Loads | None]]  # x_TD -> out_TD, and what stats() is to tell
 RoutedForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -73,12 +74,17 @@ def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class Replay(NamedTuple):
-    """A captured forward, its input and what it returned."""
+class OneCount(level8_tma_overlap.Replay):
+    """Level 8's graphs for one token count, in memory that no other count's graphs write to."""
 
-    graph: torch.cuda.CUDAGraph
-    x_TD: torch.Tensor
-    found: tuple[torch.Tensor, Loads | None]
+    def __init__(self, forward: Forward, x_TD: torch.Tensor):
+        like_0D = x_TD.new_empty(0, x_TD.shape[1])
+        super().__init__(forward, Weights(like_0D, like_0D, like_0D))
+
+    def capture(self, x_TD: torch.Tensor, copied: bool) -> tuple[torch.cuda.CUDAGraph, tuple, torch.Tensor]:
+        """As level 8's. A model has many layers, whose graphs may be kept by cycles."""
+        gc.collect()  # another layer's graph, let go in between, would end the capture
+        return super().capture(x_TD, copied)
 
 
 class GraphedForward:
@@ -90,45 +96,30 @@ class GraphedForward:
 
     def __init__(self, make_forward: Callable[[], Forward], weights: Callable[[], list[torch.Tensor]]):
         self.make_forward, self.weights = make_forward, weights
-        self._forget()
-
-    def _forget(self) -> None:
         self.state: tuple | None = None
         self.forward: Forward | None = None
-        self.replays: OrderedDict[int, Replay] = OrderedDict()
+        self.replays: OrderedDict[int, OneCount] = OrderedDict()
 
     def __deepcopy__(self, memo: dict) -> None:
         return None  # a graph cannot be copied; the copied layer makes its own
 
-    @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
-    @torch.no_grad()
     def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Loads | None]:
-        """x_TD (T, D), T >= 1, on the weights' GPU -> what the forward returns, in the graph's own buffers."""
+        """x_TD (T, D), T >= 1, on the weights' GPU -> what the forward returns, in a graph's own buffers."""
         T = x_TD.shape[0]
         state = tuple((tensor.data_ptr(), version(tensor)) for tensor in self.weights())
         if state != self.state:
-            self._forget()
-            self.state, self.forward = state, self.make_forward()
+            self._begin(state)
         if T not in self.replays:
-            self.replays[T] = self._capture(x_TD)
-            if len(self.replays) > MAX_GRAPHS:
+            self.replays[T] = OneCount(self.forward, x_TD)
+            if len(self.replays) > MAX_COUNTS:
                 self.replays.popitem(last=False)
         self.replays.move_to_end(T)
-        replay = self.replays[T]
-        replay.x_TD.copy_(x_TD)
-        replay.graph.replay()
-        return replay.found
+        return self.replays[T](x_TD)
 
-    def _capture(self, x_TD: torch.Tensor) -> Replay:
-        own_x_TD = x_TD.detach().clone(memory_format=torch.contiguous_format)
-        side = torch.cuda.Stream(x_TD.device)
-        side.wait_stream(torch.cuda.current_stream(x_TD.device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.forward(own_x_TD)
-        torch.cuda.current_stream(x_TD.device).wait_stream(side)
-        gc.collect()  # a graph of another layer that a cycle keeps, let go in between, would end the capture
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = self.forward(own_x_TD)
-        return Replay(graph, own_x_TD, found)
+    @torch.inference_mode(False)  # what a forward keeps, made in inference mode, could not be written to outside of it
+    @torch.no_grad()
+    def _begin(self, state: tuple) -> None:
+        self.forward = None
+        self.replays.clear()  # the memory that the old ones hold goes first
+        self.forward = self.make_forward()
+        self.state = state
