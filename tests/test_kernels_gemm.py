@@ -8,7 +8,6 @@ from __future__ import annotations
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ from tests.machine_code import Compiled, Request, compile_all
 
 def operands(D: int = 256, F: int = 256, dtype: torch.dtype = torch.bfloat16, tile_rows: int = 128) -> dict:
     plan = tiles.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows,
-                          tiles.GROUP, *(torch.empty(n, dtype=torch.int32) for n in (1, 1, 3, 3, tiles.BANDS)), [])
+                          *(torch.empty(n, dtype=torch.int32) for n in (1, 1, 3, 1, tiles.BANDS)), [])
     return {"rows": torch.empty(128, D, dtype=dtype), "gate_up": torch.empty(2, 2 * F, D, dtype=dtype),
             "down": torch.empty(2, D, F, dtype=dtype), "hidden": torch.empty(128, F, dtype=dtype), "plan": plan}
 
@@ -135,27 +134,18 @@ def test_up_ahead_hands_its_arguments_on_in_their_order(monkeypatch):
     x, gate_up, hidden, plan = (tensors[name] for name in ("rows", "gate_up", "hidden", "plan"))
     tokens = torch.zeros(128, dtype=torch.int32)
     up_ahead.up_ahead(x, tokens, gate_up, plan, hidden, 1)
-    for name, tensor in {"x_ptr": x, "token_of_row_ptr": tokens, "ready_ptr": plan.ready_X, "read_ptr": plan.read_X,
+    for name, tensor in {"x_ptr": x, "token_of_row_ptr": tokens, "ready_ptr": plan.ready_X, "begun_ptr": plan.begun,
                          "hidden_ptr": hidden, "tiles_ptr": plan.tiles_X5, "tile_count_ptr": plan.tile_count,
                          "claimed_ptr": plan.claimed_up}.items():
         assert given[name] is tensor, name
-    assert given["window_desc"].base is given["window_ptr"]
-    assert given["window_ptr"].shape == (given["window_tiles"] * 128, 320)
+    assert given["rows_desc"].base is given["rows_ptr"]
+    assert given["rows_ptr"].shape == (128, 320)
     assert given["gate_up_desc"].base.data_ptr() == gate_up.data_ptr()
     assert (given["D8"], given["F8"], given["launch_cooperative_grid"]) == (40, 32, True)
     with pytest.raises(ValueError, match="token_of_row_R"):
         up_ahead.up_ahead(x, tokens.long(), gate_up, plan, hidden, 1)
     with pytest.raises(ValueError, match="one up projection already"):
         grouped_gemm.up_rows(x, gate_up, plan, hidden, 1)
-
-
-@pytest.mark.parametrize(("R", "E", "F", "group", "window"), [
-    (131072, 128, 768, 32, 264 // 6 + 2 * 9), (131072, 128, 768, 4, 264 // 6 + 2 * 4), (1536, 8, 14336, 32, 20),
-    (131072, 2, 64, 4, 264 + 2 * 4), (131072, 1024, 14336, 32, 32)])
-def test_a_window_holds_two_waves_and_the_largest_group(R, E, F, group, window):
-    """A unit of rows waits for the row tile a window before: were that of its own group, it would wait for good."""
-    plan = operands()["plan"]._replace(tiles_X5=torch.empty(R // 128 + E, 5), group=group)
-    assert up_ahead.window_tiles_for(plan, F, E, 132) == window
 
 
 def test_no_rows_launch_nothing(monkeypatch):
@@ -306,9 +296,9 @@ KERNELS = {
 }
 
 
-AHEAD = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "window_desc": describe(64), "window_ptr": "*bf16",
-         "window_tiles": "i32", "ready_ptr": "*i32", "read_ptr": "*i32", **CLAIMED,
-         "gate_up_desc": DEALT["gate_up_desc"], "hidden_ptr": "*bf16", **TABLE}
+AHEAD = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "rows_desc": describe(64), "rows_ptr": "*bf16",
+         "ready_ptr": "*i32", "begun_ptr": "*i32", **CLAIMED, "gate_up_desc": DEALT["gate_up_desc"],
+         "hidden_ptr": "*bf16", **TABLE}
 COMBINE = {**CLAIMED, **DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
            "T": "i32", "band_tiles": "i32"}
 CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
@@ -360,15 +350,14 @@ def test_machine_code_is_as_planned(code, kernel):
         assert found.count("SEL") - dealt.count("SEL") >= 2.5 * swaps
 
 
-SPARE_WARPS = {"up_ahead_kernel": (8, 3, 2),  # copies, counters released, acquired
-               **{f"down_combine_kernel, top {K}": (CHOICES[K], 1, 1) for K in CHOICES}}
+SPARE_WARPS = {"up_ahead_kernel": (8, 2), **{f"down_combine_kernel, top {K}": (CHOICES[K], 1) for K in CHOICES}}
 IN_ORDER = ("up_ahead_kernel", "down_combine_kernel, top 8")
 
 
 @pytest.mark.parametrize(("name", "dealt"), [*((name, True) for name in SPARE_WARPS),
                                              *((name, False) for name in IN_ORDER)])
 def test_machine_code_with_spare_warps_is_as_planned(name, dealt):
-    copies, released, acquired = SPARE_WARPS[name]
+    copies, counters = SPARE_WARPS[name]
     kernel, _, K = name.partition(", top ")
     asked = request(kernel, {"TOP_K": int(K), "CHOICES": CHOICES[int(K)]} if K else None, dealt)
     found = compile_all([asked])[asked.name]
@@ -380,10 +369,10 @@ def test_machine_code_with_spare_warps_is_as_planned(name, dealt):
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
     atomics, claims = found.count(r"REDG?\.|ATOMG?\."), found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU")
     assert claims == 4, "two claims, each with a way for all lanes"
-    assert atomics - claims == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") >= released, "counters, no sums"
+    assert atomics - claims == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
     assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
-    assert found.count(r"MEMBAR\.ALL\.GPU") == released
-    assert found.count(r"CCTL\.IVALL") == acquired
+    assert found.count(r"MEMBAR\.ALL\.GPU") == 1, "released"
+    assert found.count(r"CCTL\.IVALL") == 1, "acquired"
     assert found.registers == 168
     assert found.shared_bytes <= 227 * 1024
 
@@ -445,12 +434,8 @@ def check_answers(case: Case) -> None:
     R = token_of_row_R.numel()
     gate_up = tiles.interleave_gate_up(weights.gate_up_E2FD)
 
-    def plan(group: int = tiles.GROUP) -> tiles.TilePlan:
-        return tiles.plan_tiles(offsets_E1, R, 128, group)
-
-    def in_the_smallest_window(hidden_RF):
-        with mock.patch.object(up_ahead, "window_tiles_for", lambda plan, *sizes: plan.group):
-            up_ahead.up_ahead(x_TD, token_of_row_R, gate_up, plan(2), hidden_RF, programs)
+    def plan() -> tiles.TilePlan:
+        return tiles.plan_tiles(offsets_E1, R)
 
     tall_plan = tiles.plan_tiles(offsets_E1, R, tall_gemm.TILE_ROWS, tall_gemm.GROUP)
 
@@ -462,7 +447,6 @@ def check_answers(case: Case) -> None:
         "up_gather": lambda _, h: grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan(), h, programs),
         "up_rows": lambda rows, h: with_rows(grouped_gemm.up_rows, plan(), rows, h),
         "up_ahead": lambda _, h: up_ahead.up_ahead(x_TD, token_of_row_R, gate_up, plan(), h, programs),
-        "up_ahead, window": lambda _, h: in_the_smallest_window(h),
     }
     downs = {"down": lambda h, y: grouped_gemm.down(h, weights.down_EDF, plan(), y, programs)}
     if cfg.D > tall_gemm.PREFETCHED:

@@ -90,8 +90,8 @@ def test_bands_cover_every_output_tile_in_turn(row_tiles, D):
 
 def test_plan_starts_its_counters_at_zero():
     plan = tiles.plan_tiles(offsets([3, 0, 200]), 203)
-    assert plan.ready_X[: int(plan.tile_count)].tolist() == plan.read_X[: int(plan.tile_count)].tolist() == [0] * 3
-    assert plan.claimed_up.tolist() == plan.claimed_down.tolist() == [0]
+    assert plan.ready_X[: int(plan.tile_count)].tolist() == [0] * 3
+    assert plan.claimed_up.tolist() == plan.claimed_down.tolist() == plan.begun.tolist() == [0]
     assert plan.done_B.tolist() == [0] * tiles.BANDS
 
 

@@ -398,18 +398,14 @@ def pass_on(ring, stage, phase, k_steps):
 
 @gluon.jit
 def multiply_share(out_ptr, width, row, used, column, k_steps, stage, phase, ring, finish: gl.constexpr,
-                   WG: gl.constexpr, GATHERED: gl.constexpr, MORE_STAGES: gl.constexpr = 0,
-                   after_stages: gl.constexpr = None, after=None):
+                   WG: gl.constexpr, GATHERED: gl.constexpr, MORE_STAGES: gl.constexpr = 0):
     """Warpgroup WG's 64 rows of an output tile, multiplied and finished; of a tile of no more, all or nothing.
 
     MORE_STAGES: stages that the producer's load_more fills after a tile's last. `finish` then takes them from the ring.
-    after_stages(after), if given, is called when all stages of k_steps have come, whoever multiplied.
     """
     whole = used > _ROWS
     if whole | (column % 2 == WG):
         acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED)
-        if after_stages is not None:
-            after_stages(after)
         first = row + gl.where(whole, WG * _ROWS, 0)
         if MORE_STAGES == 0:
             finish(out_ptr, width, acc, first, column, row + used)
@@ -417,8 +413,6 @@ def multiply_share(out_ptr, width, row, used, column, k_steps, stage, phase, rin
             stage, phase = finish(out_ptr, width, acc, first, column, row + used, stage, phase, ring, WG)
     else:
         stage, phase = pass_on(ring, stage, phase, k_steps + MORE_STAGES)
-        if after_stages is not None:
-            after_stages(after)
     return stage, phase
 
 

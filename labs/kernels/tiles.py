@@ -7,7 +7,7 @@
     claimed_up      (1,)      output tiles of the up projection that programs have taken; zero
     claimed_down    (1,)      the same of the down projection; zero
     ready_X         (X,)      row tile -> its units that up_ahead.py has gathered; zeros up to the count
-    read_X          (X,)      row tile -> output tiles for which up_ahead.py has read it; zeros up to the count
+    begun           (1,)      output tiles that up_ahead.py has begun; zero
     done_B          (4,)      band of columns -> programs that are through with it; zeros, for down_combine.py to count
 
 A group is as many of an expert's row tiles as walk through its weights together, so that they share them in L2.
@@ -41,7 +41,7 @@ def plan_tiles_kernel(
     claimed_up_ptr,  # (1,) int32
     claimed_down_ptr,  # (1,) int32
     ready_ptr,  # (X,) int32
-    read_ptr,  # (X,) int32
+    begun_ptr,  # (1,) int32
     done_ptr,  # (BANDS,) int32
     E,
     BLOCKS: tl.constexpr,
@@ -65,6 +65,7 @@ def plan_tiles_kernel(
         tl.store(tile_count_ptr, first + count)
         tl.store(claimed_up_ptr, 0)
         tl.store(claimed_down_ptr, 0)
+        tl.store(begun_ptr, 0)
         tl.store(done_ptr + tl.arange(0, BANDS), tl.zeros([BANDS], tl.int32))
         if first + count == 0:  # the GEMMs look at the first entry even when there is nothing to do
             field = tl.arange(0, 8)
@@ -85,7 +86,6 @@ def plan_tiles_kernel(
         tl.store(entry + 3, first + group_first, mask)
         tl.store(entry + 4, tl.minimum(size, count - group_first), mask)
         tl.store(ready_ptr + first + i, tl.zeros_like(i), mask)
-        tl.store(read_ptr + first + i, tl.zeros_like(i), mask)
 
 
 @triton.jit
@@ -111,9 +111,8 @@ def spread_rows_kernel(
 
 
 class TilePlan(NamedTuple):
-    """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), the rows of a tile, the most tiles of a
-    group, and counters, int32, for one call of an up kernel in tiles of 128 rows and one of a down kernel; `counted`
-    names those that have been.
+    """The row tiles of one routing: tiles_X5 int32, tile_count int32 (1,), the rows of a tile, and counters, int32, for
+    one call of an up kernel in tiles of 128 rows and one of a down kernel; `counted` names those that have been.
 
     A graph that captures such a call captures plan_tiles too: a replay would find the counters full, and do nothing.
     """
@@ -121,11 +120,10 @@ class TilePlan(NamedTuple):
     tiles_X5: torch.Tensor
     tile_count: torch.Tensor
     tile_rows: int
-    group: int
     claimed_up: torch.Tensor
     claimed_down: torch.Tensor
     ready_X: torch.Tensor
-    read_X: torch.Tensor
+    begun: torch.Tensor
     done_B: torch.Tensor
     counted: list[str]
 
@@ -173,12 +171,12 @@ def plan_tiles(offsets_E1: torch.Tensor, R: int, tile_rows: int = 128, group: in
     if tile_rows < ROWS or tile_rows % ROWS or group < 1:
         raise ValueError(f"tile_rows={tile_rows} group={group}: need a positive multiple of {ROWS}, and at least 1")
     tiles_X5 = offsets_E1.new_empty(triton.cdiv(R, tile_rows) + E, FIELDS)
-    tile_count, *counters = (offsets_E1.new_empty(n) for n in (1, 1, 1, *2 * tiles_X5.shape[:1], BANDS))
+    tile_count, *counters = (offsets_E1.new_empty(n) for n in (1, 1, 1, tiles_X5.shape[0], 1, BANDS))
     plan_tiles_kernel[(E,)](
         offsets_E1, tiles_X5, tile_count, *counters, E,
         BLOCKS=tile_rows // ROWS, GROUP=group, BANDS=BANDS, E_POW2=triton.next_power_of_2(E), num_warps=4,
     )
-    return TilePlan(tiles_X5, tile_count, tile_rows, group, *counters, counted=[])
+    return TilePlan(tiles_X5, tile_count, tile_rows, *counters, counted=[])
 
 
 def spread_rows(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, rows_RD: torch.Tensor) -> None:
