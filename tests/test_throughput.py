@@ -13,8 +13,9 @@ import pytest
 
 from labs.studies import study, throughput
 
+
 def throughput_of(tmp_path: Path, *words: str) -> int:
-    return study.main(throughput.STUDY, ["--device", "cpu", "--out", str(tmp_path), *words])
+    return study.main(throughput.STUDY, ["--out", str(tmp_path), *words])
 
 
 def factor(text: str) -> float:
