@@ -76,12 +76,19 @@ def plain(value: float, _: object = None) -> str:
     return f"{value:,.10g}"
 
 
-def level_bars(ax: Axes, run: Run, value: Callable[[Row], float | None], label: Callable[[Row], str],
-               color: Callable[[Row], str], log: bool) -> None:
-    """One bar a level of `run`, level 0 on top; a level without a value says why where its bar would be."""
-    names = [f"{row.number} {row.name}".replace(" rounded", "\nrounded") for row in run.levels]
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(run.levels) - 0.4, -0.6)
+def levels_of(runs: Sequence[Run]) -> list[tuple[int, str]]:
+    """Number and name of the levels of all runs, level 0 first: not every run has every level."""
+    return sorted({(row.number, row.name) for run in runs for row in run.levels})
+
+
+def level_bars(ax: Axes, run: Run, chosen: Sequence[Run], value: Callable[[Row], float | None],
+               label: Callable[[Row], str], color: Callable[[Row], str], log: bool) -> None:
+    """One bar a level of `run`, level 0 on top; a level without a value says why where its bar would be. Panels share
+    their axis, so levels that another one of `chosen` has stand there too."""
+    rows = {row.name: row for row in run.levels}
+    levels = levels_of(chosen)
+    ax.set_yticks(range(len(levels)), [f"{number} {name}".replace(" rounded", "\nrounded") for number, name in levels])
+    ax.set_ylim(len(levels) - 0.4, -0.6)
     known = [value(row) for row in run.levels if value(row)]  # a peak of 0 has no place on a log axis
     least, most = (min(known), max(known)) if known else (1.0, 1.0)
     words = {row.name: f" {label(row)}" + ("\n rounded" if row.variant == "rounded" else "")
@@ -99,11 +106,12 @@ def level_bars(ax: Axes, run: Run, value: Callable[[Row], float | None], label: 
         ax.set_xlim(0, most / (1 - free))
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(plain)
-    for position, row in enumerate(run.levels):
-        length = value(row)
+    for position, (_, name) in enumerate(levels):
+        row = rows.get(name)
+        length = value(row) if row else None
         if length is None:
             ax.axhspan(position - 0.4, position + 0.4, color=ABSENT, zorder=0)
-            ax.text(0.03, position, status_text(row), va="center", color="#555", fontsize=14,
+            ax.text(0.03, position, status_text(row) if row else "not run", va="center", color="#555", fontsize=14,
                     transform=ax.get_yaxis_transform())
         else:
             ax.barh(position, length, 0.8, color=color(row), gid=row.name,
@@ -169,7 +177,7 @@ def ladder(runs: Sequence[Run]) -> Figure:
                 return MORE
             return FIRST if gain.step is None or not gain.clear else GAIN if gain.step > 1 else LOSS
 
-        level_bars(ax, run, total, text, hue, log)
+        level_bars(ax, run, chosen, total, text, hue, log)
         first = next((row for row in run.levels if row.timed), None)
         under = f"level {first.number} takes {number(first.wall_ms.p50)} ms" if first else "nothing timed"
         ax.set_title(f"{run.shape['T']:,} tokens\n{under}")
@@ -187,8 +195,8 @@ def scale(runs: Sequence[Run]) -> Figure:
     times = [row.wall_ms.p50 for run in runs for row in run.rows if row.timed]
     roof = max(times) * 3
     any_rounded = any(row.variant == "rounded" for run in runs for row in run.levels)
-    names = list({row.name: row.number for run in runs for row in run.levels}.items())
-    for index, (name, level) in enumerate(names):
+    levels = levels_of(runs)
+    for index, (level, name) in enumerate(levels):
         color = LEVEL_COLORS[level % len(LEVEL_COLORS)]  # a level's variants share it
         points = [(run.shape["T"], row) for run in runs for row in run.levels if row.name == name]
         timed = [(T, row.wall_ms.p50) for T, row in points if row.timed]
@@ -213,7 +221,7 @@ def scale(runs: Sequence[Run]) -> Figure:
     ax.set_xticks(ticks, [f"{T:,}" for T in ticks])
     ax.grid(alpha=0.3)
     signs = ["x: out of memory"] + ["square: rounded routing"] * any_rounded
-    signs += ["dotted: does more than a forward"] * any(level > SAME_JOB for _, level in names)
+    signs += ["dotted: does more than a forward"] * any(level > SAME_JOB for level, _ in levels)
     ax.legend(fontsize=15, loc="center left", bbox_to_anchor=(1.0, 0.5), title="\n".join(["level", *signs]),
               title_fontsize=13, handlelength=3)
     return fig
@@ -225,7 +233,7 @@ def memory(runs: Sequence[Run]) -> Figure:
     fig, axes = figure(chosen, "Peak memory above weights, input and output", len(chosen))
     log = differ_by_much(row.peak_mib for run in chosen for row in run.levels if row.status == "ok")
     for ax, run in zip(axes, chosen, strict=True):
-        level_bars(ax, run, lambda row: row.peak_mib if row.status == "ok" else None,
+        level_bars(ax, run, chosen, lambda row: row.peak_mib if row.status == "ok" else None,
                    lambda row: number(row.peak_mib), lambda row: MORE if does_more(row) else GAIN, log)
         ax.set_title(f"{run.shape['T']:,} tokens")
         ax.set_xlabel("MiB" + " (log)" * log)
@@ -238,7 +246,7 @@ def roofline(runs: Sequence[Run]) -> Figure:
     chosen = panels(runs)
     fig, axes = figure(chosen, "Share of the roofline", len(chosen))
     for ax, run in zip(axes, chosen, strict=True):
-        level_bars(ax, run, lambda row: 100 * row.roofline_share if row.roofline_share else None,
+        level_bars(ax, run, chosen, lambda row: 100 * row.roofline_share if row.roofline_share else None,
                    lambda row: percent(row.roofline_share),
                    lambda row: MORE if does_more(row) else GAIN, log=False)
         shares = [100 * row.roofline_share for row in run.rows if row.roofline_share]

@@ -1,7 +1,8 @@
 """README.md's tables, generated from plots/*.json between pairs of markers.
 
 A marker names the file and the token counts: `<!-- table h200_qwen3-30b-a3b 64,512,16384 -->` up to
-`<!-- end -->`; that of labs/backward_benchmark.py's figures the file alone: `<!-- training training/h200_backward -->`.
+`<!-- end -->`; that of labs/backward_benchmark.py's figures the file alone: `<!-- training training/h200_backward -->`;
+that of how far ahead of other libraries we are the folder of runs beside them: `<!-- leads peers -->`.
 What stands between is replaced; everything else is prose and left alone.
 """
 
@@ -12,10 +13,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from common.references import BOUND
 from common.results import Run, load, speedups
 from common.show import name_text, number, percent, ratio, rounding_notes, status_text
 
 TABLE = re.compile(r"(?P<open><!-- table (?P<stem>\S+) (?P<tokens>[\d,]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+LEADS = re.compile(r"(?P<open><!-- leads (?P<folder>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 TRAINING = re.compile(r"(?P<open><!-- training (?P<stem>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -59,6 +62,30 @@ def markdown(run: Run) -> str:
     return "\n".join(lines)
 
 
+def leads_markdown(runs: list[Run]) -> str:
+    """A row a run: our highest level with exact top-k, its share of the bound, and the fastest other library's time."""
+    lines = [
+        "| layer | tokens | level | wall ms (p20 to p80) | of bmm | fastest other | wall ms (p20 to p80) | ahead by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        ours = max((row for row in run.levels if row.timed and row.variant == "exact"), key=lambda row: row.number)
+        other = min((row for row in run.rows if row.kind != "level" and row.timed and row.name != BOUND),
+                    key=lambda row: row.wall_ms.p50)
+        times = [row.wall_ms for row in (ours, other)]
+        spread = [f"{number(one.p50)} ({number(one.p20)} to {number(one.p80)})" for one in times]
+        ahead = f"{times[1].p50 / times[0].p50 - 1:.1%}"
+        if times[0].p80 >= times[1].p20 and times[1].p80 >= times[0].p20:
+            ahead += ", within the spread"
+        cells = [run.preset, f"{run.shape['T']:,}", f"{ours.number} {ours.name}", spread[0], percent(ours.bound_share),
+                 other.name, spread[1], ahead]
+        lines.append("| " + " | ".join(cells) + " |")
+    stamps = {f"{run.environment['gpu']}, driver {run.environment['driver']}, torch {run.environment['torch']}, Triton "
+              f"{run.environment['triton']}, {run.dtype}, {run.routing} routing, {run.rounds} rounds, commit "
+              f"{run.environment['commit']}, {run.environment['date']}." for run in runs}
+    return "\n".join([*lines, "", *sorted(stamps)])
+
+
 def training_markdown(record: dict) -> str:
     """labs/backward_benchmark.py's figures as a markdown table: a row a shape, our kernels against the faster of
     grouped_mm's two ways to sum."""
@@ -89,12 +116,15 @@ def training_markdown(record: dict) -> str:
 
 
 def render(text: str, recorded: Path) -> str:
-    """`text` with every marked table generated anew from `recorded`/<stem>.json. Raises ValueError if a
-    marker names tokens that the file does not have."""
+    """`text` with every marked table generated anew from `recorded`/<stem>.json or `recorded`/<folder>. Raises
+    ValueError if a marker names tokens that the file does not have."""
+
+    def usual(path: Path) -> list[Run]:
+        return [run for run in load(path) if (run.routing, run.dtype) == ("natural", "bfloat16")]
 
     def table(match: re.Match) -> str:
         path = recorded / f"{match['stem']}.json"
-        runs = {run.shape["T"]: run for run in load(path) if (run.routing, run.dtype) == ("natural", "bfloat16")}
+        runs = {run.shape["T"]: run for run in usual(path)}
         wanted = [int(part) for part in match["tokens"].split(",")]
         missing = [T for T in wanted if T not in runs]
         if missing:
@@ -102,11 +132,15 @@ def render(text: str, recorded: Path) -> str:
         body = "\n\n".join(markdown(runs[T]) for T in wanted)
         return f"{match['open']}\n{body}\n\n{match['end']}"
 
+    def leads(match: re.Match) -> str:
+        runs = [run for path in sorted((recorded / match["folder"]).glob("*.json")) for run in usual(path)]
+        return f"{match['open']}\n{leads_markdown(runs)}\n\n{match['end']}"
+
     def training(match: re.Match) -> str:
         record = json.loads((recorded / f"{match['stem']}.json").read_text())
         return f"{match['open']}\n{training_markdown(record)}\n\n{match['end']}"
 
-    return TRAINING.sub(training, TABLE.sub(table, text))
+    return TRAINING.sub(training, LEADS.sub(leads, TABLE.sub(table, text)))
 
 
 def rewrite(readme: Path, recorded: Path, say: Callable[[str], object]) -> bool:

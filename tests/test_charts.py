@@ -15,7 +15,7 @@ from rich.console import Console
 from common import charts
 from common.config import DEFAULT_TOKENS
 from common.measure import Spread
-from common.readme import TABLE, TRAINING, markdown, render, training_markdown
+from common.readme import LEADS, TABLE, TRAINING, leads_markdown, markdown, render, training_markdown
 from common.results import Row, Run, load, save, speedups
 from common.show import run_table
 
@@ -76,6 +76,21 @@ def test_ladder_bars_are_the_recorded_ratios(runs):
         timed = [one for one in run.levels if one.timed]
         first = timed[0].wall_ms.p50
         assert bars(ax) == {one.name: pytest.approx(first / one.wall_ms.p50) for one in timed}
+
+
+def test_panels_that_share_an_axis_agree_on_its_levels():
+    """A run of some levels beside one of all: each bar stands beside its own name."""
+    few, all_levels = made_up(64, row(2, 10.0), row(3, 5.0)), made_up(128, row(0, 9.0), row(2, 6.0), row(3, 3.0))
+    for chart in (charts.ladder, charts.memory, charts.roofline):
+        axes = chart([few, all_levels]).axes
+        names = [label.get_text().split(" ", 1)[1] for label in axes[0].get_yticklabels()]
+        assert names == ["name0", "name2", "name3"]
+        for ax in axes:
+            assert all(names[round(bar.get_y() + bar.get_height() / 2)] == bar.get_gid()
+                       for bar in ax.patches if bar.get_gid())
+        assert axes[0].texts[0].get_text() == "not run"
+    legend = charts.scale([few, all_levels]).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()][:3] == ["0 name0", "2 name2", "3 name3"]
 
 
 def test_a_losing_step_has_its_own_colour():
@@ -271,6 +286,22 @@ def test_render_replaces_only_what_stands_between_markers(tmp_path):
         render(text.replace(" 64 ", " 128 "), tmp_path)
 
 
+def test_the_table_of_leads_has_our_highest_exact_level_and_the_fastest_other(tmp_path):
+    slow = replace(PEER, name="slow layer", wall_ms=Spread(3.5, 4, 4.5))
+    rounded = row(3, 0.5, name="name3 rounded", variant="rounded")
+    run = made_up(64, row(0, 100.0), row(2, 1.0, bound_share=1.0), rounded, slow, PEER, replace(PEER, status="failed"))
+    found = leads_markdown([run])
+    assert ("| qwen3-30b-a3b | 64 | 2 name2 | 1.00 (0.900 to 1.10) | 100% | their layer | 2.00 (1.50 to 2.50) | "
+            "100.0% |") in found
+    assert "natural routing, 5 rounds, commit abc, 2026-01-01." in found
+    close = leads_markdown([replace(run, rows=[row(2, 1.9), PEER])])
+    assert "| 5.3%, within the spread |" in close
+    save(tmp_path, run)
+    text = "<!-- leads . -->\nstale\n<!-- end -->\n"
+    assert "name2" in render(text, tmp_path)
+    assert "stale" not in render(text, tmp_path)
+
+
 def test_the_training_table_holds_medians_and_memory():
     record = {"environment": ENVIRONMENT, "figures": {"shapes": [
         {"config": "small", "shape": {"T": 1024}, "dtype": "bfloat16", "rows": [
@@ -290,6 +321,7 @@ def test_the_readme_equals_the_recorded_json():
     text = (ROOT / "README.md").read_text()
     assert TABLE.search(text), "the README shows no recorded table"
     assert TRAINING.search(text), "the README shows no training figures"
+    assert LEADS.search(text), "the README does not say who is ahead"
     assert render(text, ROOT / "plots") == text, "run: python level_runner.py --readme"
 
 
