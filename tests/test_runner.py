@@ -16,12 +16,9 @@ import level_runner
 from common.cli import run_alone
 from common.config import MoEConfig, Workload, preset
 from common.level import Level, Loaded, discover
-from common import measure
 from common import run as common_run
-from common.measure import (
-    Ceilings, Spread, WallClock, environment, gate, interleave, profile_call, profile_together, warm_up,
-)
-from common.model import make_inputs, make_weights, oracle
+from common.measure import Spread, WallClock, environment
+from common.model import make_inputs, make_weights
 from common.peers import Peer
 from common.profile import named_ranges
 from common.results import load
@@ -372,25 +369,6 @@ def test_a_peer_is_gated_like_a_level(tmp_path, monkeypatch):
     assert recorded.row("wrong").wall_ms is None
 
 
-def test_a_wider_tie_margin_forgives_only_ties():
-    cfg = preset("tiny")
-    weights = make_weights(cfg, torch.float32, DEVICE)
-    workload = Workload(cfg, 400, torch.float32)
-    x_TD = make_inputs(workload, weights)
-    expected = oracle(cfg, weights, x_TD)
-    out_TD = expected.out_TD.float()
-    close = int(expected.margin_T.argmin())
-    clear = int(expected.margin_T.argmax())
-    out_TD[close] *= 2
-    assert expected.margin_T[close] < 0.05
-    assert not gate(out_TD, expected, workload).ok
-    assert gate(out_TD, expected, workload, tie_margin=0.05).ok
-    out_TD[clear] *= 2
-    assert not gate(out_TD, expected, workload, tie_margin=0.05).ok
-
-
-# ---- the rounds ----------------------------------------------------------------------------------
-
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of a machine that a level cannot run on")
 def test_a_level_that_cannot_run_alone_draws_no_weights(monkeypatch, capsys):
     (level,) = [loaded.level for loaded in discover() if "cuda" in loaded.level.requires][:1]
@@ -398,138 +376,6 @@ def test_a_level_that_cannot_run_alone_draws_no_weights(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["level", "--preset", "deepseek-v3", "--tokens", "64"])
     assert run_alone(level) == 0
     assert f"{level.name}: n/a (needs CUDA)" in capsys.readouterr().out
-
-
-def test_rounds_interleave_and_slow_calls_skip_evenly():
-    order: list[str] = []
-
-    def clock(call):
-        order.append(call)
-        return 1000.0 if call == "slow" else 1.0
-
-    *_, samples = interleave(["fast", "slow"], rounds=9, clock=clock, seconds_each=2.0)
-    assert [len(taken) for taken in samples] == [9, 3]
-    assert order.count("slow") == 3
-    fast_until = [order[:i].count("fast") for i, name in enumerate(order) if name == "slow"]
-    assert [(fast + 1) // 3 for fast in fast_until] == [0, 1, 2], "in the first round, the fourth, the seventh"
-
-
-def test_no_call_has_the_same_one_before_it_in_every_round():
-    """It would run on a chip that is warmer, or cooler, than its rivals do."""
-    def rounds() -> list[list[str]]:
-        ran: list[str] = []
-        *_, samples = interleave("abcd", rounds=20, clock=lambda call: ran.append(call) or 1.0, seconds_each=1.0)
-        assert [len(taken) for taken in samples] == [20] * 4
-        return [ran[i:i + 4] for i in range(0, len(ran), 4)]
-
-    found = rounds()
-    assert all(sorted(one) == list("abcd") for one in found)
-    before = {name: {one[one.index(name) - 1] for one in found if one.index(name)} for name in "abcd"}
-    assert all(len(names) == 3 for names in before.values())
-    assert rounds() == found, "the same order at every run"
-
-
-def test_the_chip_is_warmed_by_rounds_of_all_calls():
-    ran: list[str] = []
-
-    class Clock:
-        on_gpu = True
-
-        def __call__(self, call):
-            ran.append(call)
-            return 1e4 if call == "slow" else 0.0
-
-    warm_up(["slow"], Clock(), 0.05)
-    assert ran == ["slow"]
-    ran.clear()
-    warm_up("abc", Clock(), 0.05)
-    assert len(ran) > 30
-    assert all(sorted(ran[i:i + 3]) == list("abc") for i in range(0, len(ran) // 3 * 3, 3))
-    ran.clear()
-    Clock.on_gpu = False
-    warm_up("abc", Clock(), 5.0)
-    assert ran == []
-
-
-@pytest.mark.parametrize("own_wait", [False, True])
-def test_what_each_of_several_profiled_calls_did(own_wait, monkeypatch):
-    """On events as the profiler gives them: each call of two kernels of its own length, L2 overwritten before it."""
-    events, now = [], 0.0
-
-    def event(name: str, length: float, on_gpu: bool = False) -> None:
-        nonlocal now
-        kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-        events.append(types.SimpleNamespace(name=name, device_type=kind,
-                                            time_range=types.SimpleNamespace(start=now, end=now + length)))
-        now += length
-
-    class Clock:
-        on_gpu = False
-
-        def __call__(self, call):
-            event("overwrite", 30.0, on_gpu=True)
-            event("cudaDeviceSynchronize", 1.0)
-            for _ in range(2):
-                event("cudaLaunchKernel", 2.0)
-                event(call, float(len(call)), on_gpu=True)
-                if own_wait:
-                    event("cudaDeviceSynchronize", 1.0)
-            event("cudaDeviceSynchronize", 1.0)
-
-    def seen(run):
-        event("cudaDeviceSynchronize", 1.0)  # the profiler's own
-        run()
-        event("cudaDeviceSynchronize", 1.0)
-        return events
-
-    monkeypatch.setattr(measure, "_events", seen)
-    calls = ["a", "bb" * 50, "c" * 1000]
-    if own_wait:
-        with pytest.raises(RuntimeError, match="one of the calls waits for the whole device"):
-            profile_together(calls, [3, 3, 1], Clock())
-        return
-    found = profile_together(calls, [3, 3, 1], Clock())
-    assert [len(profiles) for profiles in found] == [3, 3, 1]
-    for call, profiles in zip(calls, found, strict=True):
-        for profile in profiles:
-            assert profile.launches == 2
-            assert profile.kernels == {call: (2, pytest.approx(2 * len(call) / 1e3))}
-            assert profile.gpu_ms == pytest.approx(2 * len(call) / 1e3)
-
-
-@pytest.mark.gpu
-def test_calls_profiled_together_are_told_apart():
-    x = torch.randn(4096, 4096, device=DEVICE)
-
-    def call():
-        for _ in range(7):
-            torch.mm(x, x)
-
-    def other():
-        torch.add(x, x)
-
-    alone, ((once,), (first, second)) = profile_call(call), profile_together([other, call], [1, 2], WallClock(DEVICE))
-    assert once.launches == sum(count for count, _ in once.kernels.values()) == 1
-    for found in (alone, first, second):
-        assert found.launches == sum(count for count, _ in found.kernels.values()) == 7
-        assert 0.5 < found.gpu_ms / alone.gpu_ms < 2
-
-
-def test_spread_is_the_percentiles():
-    assert Spread.of([5.0]) == Spread(5.0, 5.0, 5.0)
-    assert Spread.of([float(i) for i in range(101)]) == Spread(20.0, 50.0, 80.0)
-
-
-@pytest.mark.gpu
-def test_ceilings_are_below_the_datasheet():
-    """An H200 lists 989 TFLOP/s and 4.8 TB/s; no card may measure more than its own list."""
-    ceilings, clock = Ceilings(torch.bfloat16, DEVICE), WallClock(DEVICE)
-    rates = ceilings.rates([[clock(call) for _ in range(5)] for call in ceilings.calls])
-    assert 10 < rates["matmul_tflops"] < 2500
-    assert 0.1 < rates["copy_tbps"] < 8
-    if "H200" in torch.cuda.get_device_name():
-        assert rates["matmul_tflops"] < 989
-        assert rates["copy_tbps"] < 4.8
 
 
 @pytest.mark.gpu
