@@ -177,11 +177,27 @@ def warm_up(calls: Sequence[Callable[[], object]], clock: WallClock, seconds: fl
                 end += taken
 
 
+def balanced_orders(count: int) -> Iterator[list[int]]:
+    """Orders of `count` calls, without end and the same at every run, in which each call comes right after each other
+    one equally often: once in `count` orders if that is even, twice in twice as many if it is odd. A call finds the
+    chip as the one before left it, and after a light one it runs at a higher clock (labs/LOG.md).
+
+    Williams' squares, in shuffled turns: E. J. Williams, "Experimental designs balanced for the estimation of residual
+    effects of treatments", Australian Journal of Scientific Research A 2 (1949).
+    """
+    zigzag = [((i + 1) // 2 if i % 2 else count - i // 2) % count for i in range(count)]
+    square = [[(place + shift) % count for place in zigzag] for shift in range(count)]
+    if count % 2:
+        square += [order[::-1] for order in square]
+    shuffle = random.Random(0).shuffle
+    while True:
+        shuffle(square)
+        yield from square or [[]]
+
+
 def interleave(calls: Sequence[Callable[[], object]], rounds: int, clock: WallClock,
                seconds_each: float) -> Iterator[list[list[float]]]:
-    """Time every call once a round, in an order that is shuffled anew, the same at every run; after each round yield
-    the milliseconds per call so far. In one order for all rounds a call always ran on the chip that the same other had
-    heated.
+    """Time every call once a round, in balanced_orders; after each round yield the milliseconds per call so far.
 
     The yielded list is the same one each time, so whoever interrupts keeps what was sampled. A call
     whose rounds would take over `seconds_each` skips rounds at an even stride, but is timed in at
@@ -189,9 +205,7 @@ def interleave(calls: Sequence[Callable[[], object]], rounds: int, clock: WallCl
     """
     samples: list[list[float]] = [[] for _ in calls]
     strides = [1] * len(calls)
-    shuffle, order = random.Random(0).shuffle, list(range(len(calls)))
-    for i in range(rounds):
-        shuffle(order)
+    for i, order in zip(range(rounds), balanced_orders(len(calls)), strict=False):
         for place in order:
             if i % strides[place] == 0:
                 samples[place].append(clock(calls[place]))
@@ -228,17 +242,14 @@ def profile_call(call: Callable[[], object]) -> Profile:
 
 def profile_together(calls: Sequence[Callable[[], object]], counts: Sequence[int],
                      clock: WallClock) -> list[list[Profile]]:
-    """Profile each call as often as `counts` says, in shuffled rounds as they are timed, under one profiler: with one
-    for each, the chip would cool in the pauses, and whoever comes first would find it hottest. Needs CUDA.
+    """Profile each call as often as `counts` says, in rounds as they are timed, under one profiler: with one for each,
+    the chip would cool in the pauses, and whoever comes first would find it hottest. Needs CUDA.
 
     Raises RuntimeError if a call waits for the whole device: such waits, which `clock` makes before and after each
     call, are how calls are told apart.
     """
-    shuffle, turns = random.Random(2).shuffle, []
-    for done in range(max(counts, default=0)):
-        order = [place for place, count in enumerate(counts) if done < count]
-        shuffle(order)
-        turns += order
+    orders = zip(range(max(counts, default=0)), balanced_orders(len(calls)), strict=False)
+    turns = [place for done, order in orders for place in order if done < counts[place]]
 
     def run() -> None:
         for turn in turns:
@@ -324,28 +335,30 @@ class PeakMemory:
 
 class Ceilings:
     """What the GPU can do at most, for timing in the same rounds as the levels: a chip that is warm for
-    them is as warm for its ceilings. `calls` are an 8192^3 matmul in cuBLAS on random data and a copy
-    of 512 MiB, each repeated so that the launch does not count."""
+    them is as warm for its ceilings. `calls` are an 8192^3 matmul in cuBLAS on random data, a copy of 512 MiB, and a
+    sum of 1 GiB, which only reads, each repeated so that the launch does not count."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         n, self.repeats = 8192, 4
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty(n, n, dtype=dtype, device=device)
-        source = torch.empty(2**29, dtype=torch.int8, device=device).random_()
-        target = torch.empty_like(source)
-        self.flops, self.copy_bytes = 2 * n**3, 2 * source.nbytes
+        memory = torch.rand(2**28, device=device)
+        source, target = memory.chunk(2)
+        self.flops, self.bytes = 2 * n**3, memory.nbytes
         self.calls = (lambda: self._repeat(lambda: torch.mm(a, b, out=out)),
-                      lambda: self._repeat(lambda: target.copy_(source)))
+                      lambda: self._repeat(lambda: target.copy_(source)),
+                      lambda: self._repeat(memory.sum))
 
     def _repeat(self, call: Callable[[], object]) -> None:
         for _ in range(self.repeats):
             call()
 
     def rates(self, samples: Sequence[Sequence[float]]) -> dict[str, float]:
-        """matmul_tflops and copy_tbps (reads and writes counted) from the calls' milliseconds. Of the fastest
-        round: a ceiling is the best that the chip did, and a median of it can be beaten."""
-        matmul_ms, copy_ms = (min(taken) / self.repeats for taken in samples)
-        return {"matmul_tflops": self.flops / matmul_ms / 1e9, "copy_tbps": self.copy_bytes / copy_ms / 1e9}
+        """matmul_tflops, copy_tbps (reads and writes counted) and read_tbps from the calls' milliseconds. Of the
+        fastest round: a ceiling is the best that the chip did, and a median of it can be beaten."""
+        matmul_ms, copy_ms, read_ms = (min(taken) / self.repeats for taken in samples)
+        return {"matmul_tflops": self.flops / matmul_ms / 1e9, "copy_tbps": self.bytes / copy_ms / 1e9,
+                "read_tbps": self.bytes / read_ms / 1e9}
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.references import BOUND
-from common.results import Run, load, speedups
+from common.results import Row, Run, load, speedups
 from common.show import name_text, number, percent, ratio, rounding_notes, status_text
 
 TABLE = re.compile(r"(?P<open><!-- table (?P<stem>\S+) (?P<tokens>[\d,]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -62,11 +62,24 @@ def markdown(run: Run) -> str:
     return "\n".join(lines)
 
 
+def bandwidth(run: Run, row: Row) -> str:
+    """TB/s of the run's least bytes in the row's GPU-busy time, and their share of the copy and of the read rate; `-`
+    where arithmetic takes longer than bytes, or nothing was profiled."""
+    copy, read = run.ceilings["copy_tbps"], run.ceilings.get("read_tbps")  # runs before there was a read lack it
+    if run.flops / run.ceilings["matmul_tflops"] > run.least_bytes / copy or not row.gpu_ms:
+        return "-"
+    rate = run.least_bytes / row.gpu_ms.p50 / 1e9
+    return f"{number(rate)} ({percent(rate / copy)}, {percent(rate / read if read else None)})"
+
+
 def leads_markdown(runs: list[Run]) -> str:
-    """A row a run: our highest level with exact top-k, its share of the bound, and the fastest other library's time."""
+    """A row a run: our highest level with exact top-k, its share of the bound, and the fastest other library's time.
+    Where the roofline is memory, also the rate at which the least bytes went by while the GPU was busy, and its share
+    of the measured rates."""
     lines = [
-        "| layer | tokens | level | wall ms (p20 to p80) | of bmm | fastest other | wall ms (p20 to p80) | ahead by |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layer | tokens | level | wall ms (p20 to p80) | of bmm | TB/s while busy (of a copy, of a read) | "
+        "fastest other | wall ms (p20 to p80) | ahead by |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         ours = max((row for row in run.levels if row.timed and row.variant == "exact"), key=lambda row: row.number)
@@ -78,7 +91,7 @@ def leads_markdown(runs: list[Run]) -> str:
         if times[0].p80 >= times[1].p20 and times[1].p80 >= times[0].p20:
             ahead += ", within the spread"
         cells = [run.preset, f"{run.shape['T']:,}", f"{ours.number} {ours.name}", spread[0], percent(ours.bound_share),
-                 other.name, spread[1], ahead]
+                 bandwidth(run, ours), other.name, spread[1], ahead]
         lines.append("| " + " | ".join(cells) + " |")
     stamps = {f"{run.environment['gpu']}, driver {run.environment['driver']}, torch {run.environment['torch']}, Triton "
               f"{run.environment['triton']}, {run.dtype}, {run.routing} routing, {run.rounds} rounds, commit "

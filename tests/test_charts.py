@@ -291,8 +291,12 @@ def test_the_table_of_leads_has_our_highest_exact_level_and_the_fastest_other(tm
     rounded = row(3, 0.5, name="name3 rounded", variant="rounded")
     run = made_up(64, row(0, 100.0), row(2, 1.0, bound_share=1.0), rounded, slow, PEER, replace(PEER, status="failed"))
     found = leads_markdown([run])
-    assert ("| qwen3-30b-a3b | 64 | 2 name2 | 1.00 (0.900 to 1.10) | 100% | their layer | 2.00 (1.50 to 2.50) | "
+    assert ("| qwen3-30b-a3b | 64 | 2 name2 | 1.00 (0.900 to 1.10) | 100% | - | their layer | 2.00 (1.50 to 2.50) | "
             "100.0% |") in found
+    bytes_only = replace(run, flops=1, least_bytes=2 * 10**9)
+    assert "| 2.00 (50%, -) |" in leads_markdown([bytes_only])
+    bytes_only.ceilings["read_tbps"] = 5.0
+    assert "| 2.00 (50%, 40%) |" in leads_markdown([bytes_only])
     assert "natural routing, 5 rounds, commit abc, 2026-01-01." in found
     close = leads_markdown([replace(run, rows=[row(2, 1.9), PEER])])
     assert "| 5.3%, within the spread |" in close

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import types
+from collections import Counter
 
 import pytest
 import torch
 
 from common import measure
 from common.config import Workload, preset
-from common.measure import Ceilings, Spread, WallClock, gate, interleave, profile_call, profile_together, warm_up
+from common.measure import (
+    Ceilings,
+    Spread,
+    WallClock,
+    balanced_orders,
+    gate,
+    interleave,
+    profile_call,
+    profile_together,
+    warm_up,
+)
 from common.model import make_inputs, make_weights, oracle
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,19 +63,26 @@ def test_rounds_interleave_and_slow_calls_skip_evenly():
     assert [(fast + 1) // 3 for fast in fast_until] == [0, 1, 2], "in the first round, the fourth, the seventh"
 
 
-def test_no_call_has_the_same_one_before_it_in_every_round():
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7, 8, 9, 14])
+def test_each_call_comes_after_each_other_one_equally_often(count):
     """It would run on a chip that is warmer, or cooler, than its rivals do."""
-    def rounds() -> list[list[str]]:
-        ran: list[str] = []
-        *_, samples = interleave("abcd", rounds=20, clock=lambda call: ran.append(call) or 1.0, seconds_each=1.0)
-        assert [len(taken) for taken in samples] == [20] * 4
-        return [ran[i:i + 4] for i in range(0, len(ran), 4)]
+    turns = max(1, count if count % 2 == 0 else 2 * count)
+    for cycle in range(2):
+        orders = list(itertools.islice(balanced_orders(count), cycle * turns, (cycle + 1) * turns))
+        assert all(sorted(order) == list(range(count)) for order in orders)
+        pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
+        assert len(pairs) == count * (count - 1)
+        assert set(pairs.values()) <= {1 + count % 2}
+    once, again = (list(itertools.islice(balanced_orders(count), 3 * turns)) for _ in range(2))
+    assert once == again, "the same orders at every run"
 
-    found = rounds()
-    assert all(sorted(one) == list("abcd") for one in found)
-    before = {name: {one[one.index(name) - 1] for one in found if one.index(name)} for name in "abcd"}
-    assert all(len(names) == 3 for names in before.values())
-    assert rounds() == found, "the same order at every run"
+
+def test_rounds_follow_the_balanced_orders():
+    ran: list[str] = []
+    *_, samples = interleave("abcd", rounds=20, clock=lambda call: ran.append(call) or 1.0, seconds_each=1.0)
+    assert [len(taken) for taken in samples] == [20] * 4
+    expected = itertools.islice(balanced_orders(4), 20)
+    assert ran == ["abcd"[place] for order in expected for place in order]
 
 
 def test_the_chip_is_warmed_by_rounds_of_all_calls():
@@ -159,6 +178,7 @@ def test_ceilings_are_below_the_datasheet():
     rates = ceilings.rates([[clock(call) for _ in range(5)] for call in ceilings.calls])
     assert 10 < rates["matmul_tflops"] < 2500
     assert 0.1 < rates["copy_tbps"] < 8
+    assert 0.8 < rates["read_tbps"] / rates["copy_tbps"] < 1.3, "who only reads never turns the bus around"
     if "H200" in torch.cuda.get_device_name():
         assert rates["matmul_tflops"] < 989
-        assert rates["copy_tbps"] < 4.8
+        assert max(rates["copy_tbps"], rates["read_tbps"]) < 4.8
