@@ -14,40 +14,42 @@ from common.config import Workload
 from common.measure import gate
 from common.model import make_inputs, make_weights, oracle, route_float64
 from labs.kernels import plain_gemm, tiles
+from labs.kernels.choice import SMALL_PIPELINED
 from tests.cases import Case
 from tests.gemm_cases import CASES, DEVICE, case_of, child, combine, dispatch, offsets
-from tests.machine_code import Compiled, Request, compile_all
+from tests.machine_code import Request, compile_all
 
 
-def plain_request(kernel: str, sm: int) -> Request:
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+# What the table of labs/kernels/choice.py may pick: many rows and few on every target, both dtypes where they differ.
+PLANNED = [(sm, tile, "bf16") for sm in SHARED_MEMORY for tile in (plain_gemm.tile_for(sm), SMALL_PIPELINED)]
+PLANNED += [(sm, plain_gemm.tile_for(sm), "fp16") for sm in (80, 90)]
+
+
+def plain_request(kernel: str, sm: int, tile: plain_gemm.PlainTile, dtype: str) -> Request:
     """A plain kernel for a target."""
-    tile = plain_gemm.tile_for(sm)
-    weights = f"tensordesc<bf16[{tile.block_N}, {tile.block_K}]>" if tile.tma else "*bf16"
-    first = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32"} if "up" in kernel else {"hidden_ptr": "*bf16"}
-    last = {"hidden_ptr": "*bf16"} if "up" in kernel else {"y_ptr": "*bf16"}
+    weights = f"tensordesc<{dtype}[{tile.block_N}, {tile.block_K}]>" if tile.tma else f"*{dtype}"
+    first = {"x_ptr": f"*{dtype}", "token_of_row_ptr": "*i32"} if "up" in kernel else {"hidden_ptr": f"*{dtype}"}
+    last = {"hidden_ptr": f"*{dtype}"} if "up" in kernel else {"y_ptr": f"*{dtype}"}
     tables = {"offsets_ptr": "*i32", "tiles_ptr": "*i32", "tile_count_ptr": "*i32"}
     signature = {**first, "weights": weights, **last, **tables, "E": "i32", "D8": "i32", "F8": "i32"}
     constants = {"load_weights": f"{plain_gemm.__name__}.{'tma' if tile.tma else 'pointer'}_weights",
                  "BLOCK_M": tile.block_M, "BLOCK_N": tile.block_N, "BLOCK_K": tile.block_K}
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return Request(f"{kernel} sm_{sm}", "labs.kernels.plain_gemm", kernel, signature, constants, aligned,
-                   tile.warps, tile.stages, sm)
+    return Request(f"{kernel} sm_{sm} {tile} {dtype}", "labs.kernels.plain_gemm", kernel, signature, constants,
+                   pointers(signature), tile.warps, tile.stages, sm)
 
 
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+def pointers(signature: dict[str, str]) -> tuple[str, ...]:
+    """The names of the arguments that are pointers."""
+    return tuple(name for name, kind in signature.items() if kind.startswith("*"))
 
 
-@pytest.fixture(scope="module")
-def plain_code() -> dict[str, Compiled]:
-    return compile_all([plain_request(f"plain_{which}_kernel", sm) for which in ("up", "down") for sm in SHARED_MEMORY])
-
-
-@pytest.mark.parametrize("sm", SHARED_MEMORY)
+@pytest.mark.parametrize(("sm", "tile", "dtype"), PLANNED, ids=str)
 @pytest.mark.parametrize("kernel", ["plain_up_kernel", "plain_down_kernel"])
-def test_plain_machine_code_is_as_planned(plain_code, kernel, sm):
-    found = plain_code[f"{kernel} sm_{sm}"]
+def test_plain_machine_code_is_as_planned(kernel, sm, tile, dtype):
+    (found,) = compile_all([plain_request(kernel, sm, tile, dtype)]).values()
     assert found.count("HGMMA" if sm == 90 else "HMMA") > 0, "tensor cores"
-    assert (found.count("UTMALDG") > 0) == (sm == 90), "weights by TMA on Hopper alone"
+    assert (found.count("UTMALDG") > 0) == tile.tma, "weights by TMA on Hopper alone"
     assert found.count(r"LDGSTS.*128") > 0, "16-byte cp.async"
     assert found.count(r"LDGSTS") == found.count(r"LDGSTS.*128")
     assert found.count(r"STG") == found.count(r"STG\.E\.128") > 0, "16-byte stores"
@@ -55,6 +57,23 @@ def test_plain_machine_code_is_as_planned(plain_code, kernel, sm):
     assert found.stack_bytes == 0
     assert found.count(r"REDG?\.|ATOMG?\.") == 0, "no atomics: bitwise repeatable"
     assert found.shared_bytes <= SHARED_MEMORY[sm]
+
+
+@pytest.mark.parametrize("sm", SHARED_MEMORY)
+def test_what_goes_before_the_gemms_compiles_for_every_target(sm):
+    """The table of row tiles, and rows spread before."""
+    table = dict.fromkeys(("offsets_ptr", "tiles_ptr", "tile_count_ptr", "claimed_up_ptr", "claimed_down_ptr",
+                           "ready_ptr", "begun_ptr", "done_ptr"), "*i32") | {"E": "i32"}
+    plan = Request(f"plan sm_{sm}", "labs.kernels.tiles", "plan_tiles_kernel", table,
+                   {"BLOCKS": 2, "GROUP": 32, "BANDS": tiles.BANDS, "E_POW2": 128}, pointers(table), 4, 3, sm)
+    rows = {"x_ptr": "*bf16", "row_of_slot_ptr": "*i32", "rows_ptr": "*bf16", "D": "i32"}
+    spread = Request(f"spread sm_{sm}", "labs.kernels.tiles", "spread_rows_kernel", rows,
+                     {"TOP_K": 8, "BLOCK_D": 1024}, (*pointers(rows), "D"), 4, 3, sm)
+    found = compile_all([plan, spread])
+    for code in found.values():
+        assert code.count(r"LDL|STL") == code.stack_bytes == 0
+        assert code.count(r"REDG?\.|ATOMG?\.") == 0
+    assert found[spread.name].count(r"STG\.E\.128") == 8, "a token's columns, once a slot, 16 bytes a thread"
 
 
 def check_plain(case: Case, dtype: torch.dtype, tile: plain_gemm.PlainTile) -> None:
