@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.config import MoEConfig, Workload, preset
 from common.measure import PeakMemory, count_host_syncs, gate, profile_call, relative_error
 from common.model import Weights, make_inputs, make_weights, oracle
+from labs.kernels.choice import Choice
+from labs.kernels.routing import new_arrivals
 from tests.cases import IDS, LEVELS, build
 
 # Operations whose result the host must see before it can go on.
@@ -175,10 +177,16 @@ def test_offsets_past_2_to_the_31():
     x_TD = make_inputs(workload, weights)
     tail_TD = x_TD[-500:].contiguous()
     expected = oracle(cfg, weights, tail_TD)
-    for number in (4, 5):
+    for number in (4, 5, 8):
         forward = LEVELS[number].build(cfg, weights)
         found = gate(forward(x_TD)[-500:], expected, workload)
         assert found.ok, f"level {number}: {found.reason}"
+        del forward
+    level8 = LEVELS[8].module
+    for kernels in ("gather", "ahead", "spread") if torch.cuda.get_device_capability() == (9, 0) else ():
+        out_TD = level8.layer(x_TD, level8.repack(cfg, weights), cfg, new_arrivals("cuda"), Choice(kernels))
+        found = gate(out_TD[-500:], expected, workload)
+        assert found.ok, f"{kernels}: {found.reason}"
 
 
 @pytest.mark.gpu
