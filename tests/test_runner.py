@@ -356,6 +356,17 @@ def test_peers_are_chosen_by_name(tmp_path, monkeypatch):
         level_runner.choose_peers("two,three")
 
 
+def test_a_peer_that_no_token_can_judge_is_no_failure(tmp_path, monkeypatch):
+    """Every choice is close, and its router rounds: neither right nor wrong."""
+    unsure = Peer("unsure", "torch", "pip install torch", lambda *_: lambda x_TD: 2 * x_TD, tie_margin=1e9)
+    monkeypatch.setattr(level_runner, "PEERS", (unsure,))
+    monkeypatch.setattr(Peer, "build", lambda self, workload, weights: self.connect(workload, weights))
+    status, (recorded,) = run(tmp_path, "--quick", "--peers", levels=[GOOD])
+    row = recorded.row("unsure")
+    assert (status, row.status, row.wall_ms) == (0, "unsupported", None)
+    assert row.reason.startswith("cannot be judged: its router rounds")
+
+
 def test_a_peer_is_gated_like_a_level(tmp_path, monkeypatch):
     def connect(workload, weights):
         forward = discover()[1].build(workload.config, weights)
