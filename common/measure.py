@@ -26,6 +26,7 @@ import torch
 import triton
 
 from common.config import Workload
+from common.level import Unsupported
 from common.model import Oracle, Weights
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -83,6 +84,7 @@ def gate(out_TD: torch.Tensor, expected: Oracle, workload: Workload, tie_margin:
     row against WORST_ROW_FACTOR times that, since one lost tile among thousands hides in the whole.
     A token whose choice of experts is a tie within `tie_margin` is left out of both: float32 logits may
     choose either expert. (A library that rounds its logits to bfloat16 needs a wider margin.)
+    Raises Unsupported if that leaves no token: the output is neither right nor wrong.
     """
     bound, nan = error_bound(workload), float("nan")
     ref_TD = expected.out_TD
@@ -95,7 +97,7 @@ def gate(out_TD: torch.Tensor, expected: Oracle, workload: Workload, tie_margin:
         return Gate(nan, nan, bound, f"{bad} of {out_TD.numel()} output values are NaN or infinite")
     clear_T = expected.margin_T > tie_margin
     if ref_TD.shape[0] and not clear_T.any():
-        return Gate(nan, nan, bound, f"no token's choice of experts is clearer than {tie_margin}")
+        raise Unsupported(f"cannot be judged: no token's choice of experts is clearer than {tie_margin}")
     rel_err = relative_error(out_TD[clear_T], ref_TD[clear_T])
     error_T = (out_TD.double() - ref_TD).norm(dim=1)
     scale_T = ref_TD.norm(dim=1).clamp_min(ref_TD.norm().item() / max(1, ref_TD.shape[0]) ** 0.5)

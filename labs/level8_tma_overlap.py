@@ -9,7 +9,7 @@ How    kernels in labs/kernels, one job a file, each chosen by the mean rows an 
            consumer warps 0-3 | wait full[s] -> wgmma 64x256x64 -> arrive empty[s]; then SwiGLU, store
            consumer warps 4-7 | the same for the tile's other 64 rows
            spare warps, 2     | up: copy the next tiles' tokens to sorted rows; down: sum the columns done before
-       Stores go straight from registers: by TMA they want a buffer, which a stage of the ring serves better.
+       Stores go straight from registers: by TMA they need a buffer, whose memory a fourth stage uses better.
        Few rows an expert: weights take wgmma's tall side, each read once. Row tiles of an expert are neighbours in
        time, so its weights are read from memory once and shared in L2.
 Costs  gate and up rows interleaved, repacked once in build: hold that copy instead of the canonical one.

@@ -375,7 +375,7 @@ def test_stats_tell_the_last_replay(options, device):
 
 
 @pytest.mark.gpu
-def test_graphed_inference_keeps_its_buffer(device):
+def test_graphed_inference_keeps_its_buffers(device):
     made = {"device": device, "dtype": torch.bfloat16}
     layer = OptimizedMoELayer.for_inference(256, 128, 16, 4, **made)
     x_TD = torch.randn(64, 256, **made)

@@ -22,6 +22,7 @@ from common.rounded import rounded_oracle
 from labs import level8_tma_overlap as level8
 from labs.kernels import choice as choosing
 from labs.kernels import ops
+from labs.kernels.backward_loop import tile_for
 from labs.kernels.choice import Choice, Chooser
 from labs.kernels.combine import combine
 from labs.kernels.plain_gemm import TILES
@@ -241,6 +242,8 @@ def test_gpus_without_kernels_are_told_so(monkeypatch, capability, match):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with pytest.raises(Unsupported, match=match):
         choosing.capability(torch.device("cuda"))
+    with pytest.raises(Unsupported, match=match):
+        tile_for(torch.device("cuda"), torch.bfloat16)
 
 
 # ---- on a GPU

@@ -191,6 +191,25 @@ def test_the_layer_has_graphs_of_its_own_for_each_count_and_state_of_the_weights
     assert list(graphed.replays) == [3]
 
 
+def test_a_forward_that_could_not_be_made_is_made_at_the_next_call(stand_ins, forward):
+    """Also if the weights are then those of the calls before."""
+    weights, fail = [torch.ones(1)], []
+
+    def make():
+        if fail:
+            raise torch.OutOfMemoryError(fail.pop())
+        return forward
+
+    graphed, old = GraphedForward(make, lambda: weights), weights[0]
+    check(graphed, fresh())
+    weights[0] = torch.zeros(1)
+    fail.append("no room")
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        graphed(fresh())
+    weights[0] = old
+    check(graphed, fresh())
+
+
 def test_layers_that_go_do_not_end_a_capture(stand_ins, forward, monkeypatch):
     """A graph that only a cycle keeps is collected before, not during: CUDA forbids to destroy one then."""
     at = []

@@ -364,7 +364,7 @@ def test_a_peer_that_no_token_can_judge_is_no_failure(tmp_path, monkeypatch):
     status, (recorded,) = run(tmp_path, "--quick", "--peers", levels=[GOOD])
     row = recorded.row("unsure")
     assert (status, row.status, row.wall_ms) == (0, "unsupported", None)
-    assert row.reason.startswith("cannot be judged: its router rounds")
+    assert row.reason.startswith("cannot be judged: no token's choice of experts is clearer")
 
 
 def test_a_peer_is_gated_like_a_level(tmp_path, monkeypatch):

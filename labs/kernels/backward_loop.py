@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import torch
 
+from labs.kernels.choice import capability
 from labs.kernels.launch import sm_count
-from labs.kernels.plain_gemm import AMPERE, CONSUMER, HOPPER, PlainTile, find_tile
+from labs.kernels.plain_gemm import TILES, PlainTile, find_tile
 
 import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
@@ -133,18 +134,14 @@ def store_tile(out_ptr, values, row, row_end, column, end, width):
 
 
 # ---- tiles --------------------------------------------------------------------------------------------------------
-TILES = {80: AMPERE, 86: CONSUMER, 89: CONSUMER, 90: HOPPER, 120: CONSUMER}
 SMALL = PlainTile(64, 64, 32, warps=4, stages=2, tma=False)  # float32 anywhere, and all in the interpreter
 
 
 def tile_for(device: torch.device, dtype: torch.dtype) -> PlainTile:
-    """The tile of the kernels here and in backward_weights.py. Raises ValueError for a GPU that has none."""
+    """The tile of the kernels here and in backward_weights.py. Raises Unsupported for a GPU that has none."""
     if device.type != "cuda" or dtype.itemsize != 2:
         return SMALL
-    major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor not in TILES:
-        raise ValueError(f"sm_{major}{minor}: no tile for it, only for sm_{', sm_'.join(map(str, TILES))}")
-    return TILES[10 * major + minor]
+    return TILES[capability(device)]
 
 
 def programs(tiles: int, device: torch.device) -> int:

@@ -119,7 +119,7 @@ class GraphedForward:
     @torch.inference_mode(False)  # what a forward keeps, made in inference mode, could not be written to outside of it
     @torch.no_grad()
     def _begin(self, state: tuple) -> None:
-        self.forward = None
+        self.state = self.forward = None  # so that a forward that could not be made is tried again
         self.replays.clear()  # the memory that the old ones hold goes first
         self.forward = self.make_forward()
         self.state = state
