@@ -280,6 +280,7 @@ class Replay:
         self.in_place: dict[int, tuple] = {}  # T -> graph, its output, the address where it reads
         self.met: dict[int, tuple[int, int]] = {}  # T -> the last address, how often it came in a row
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
+        self.stream = torch.cuda.Stream(self.like.device)  # its own, as the current device may be another
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         D, dtype, device = self.like.shape[1], self.like.dtype, self.like.device
@@ -313,13 +314,12 @@ class Replay:
         run before where it may compile: for a T's first graph, and for a tensor of inference mode."""
         x_TD = x_TD.clone(memory_format=torch.contiguous_format) if copied else x_TD.detach()
         if copied or x_TD.is_inference():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream(x_TD.device))
+            with torch.cuda.stream(self.stream):
                 self.forward(x_TD)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream(x_TD.device).wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             out_TD = self.forward(x_TD)
         return graph, out_TD, x_TD
 

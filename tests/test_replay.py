@@ -52,14 +52,14 @@ class Forward:
 @pytest.fixture
 def stand_ins(monkeypatch):
     @contextlib.contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, stream):
         Graph.capturing = graph
         yield
         Graph.capturing = None
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, stand_in in {"CUDAGraph": Graph, "graph": capture, "graph_pool_handle": lambda: None,
-                           "Stream": lambda: stream, "current_stream": lambda: stream,
+                           "Stream": lambda device: stream, "current_stream": lambda device: stream,
                            "stream": lambda stream: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
@@ -159,13 +159,12 @@ def test_inference_mode_is_left_and_entered(replay):
     assert replay(fresh(0)).shape == (0, D)
 
 
-def test_rounding_tells_of_the_last_call(monkeypatch, forward):
+def test_rounding_tells_of_the_last_call(monkeypatch, stand_ins, forward):
     """Whichever graph answered; level 7's and 8's graphs return their routing too."""
     for number in (7, 8):
         module = LEVELS[number].module
         monkeypatch.setattr(module.Replay, "__call__", lambda self, x_TD: (x_TD, x_TD.sum().item()))
         monkeypatch.setattr(module, "describe", lambda rounded, plan: (rounded, plan))
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         weights = Weights(torch.empty(4, D), torch.empty(4, 8, D), torch.empty(4, D, 4))
         replay = module.RoundedReplay(forward, weights, lambda T: T)
         for x_TD in (fresh(), fresh(3), fresh()):

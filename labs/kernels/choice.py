@@ -146,7 +146,7 @@ def median_ms(call: Callable[[], object]) -> float:
     wait for the host."""
     call()  # compiles
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # by default it is on the GPU that captured first
         call()
     graph.replay()
     taken = []

@@ -33,10 +33,21 @@ def wants_gradient(args: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
+def on_its_gpu(function: Callable) -> Callable:
+    """`function` with its first tensor's GPU as the current one: Triton launches there, wherever the tensors lie."""
+    @functools.wraps(function)
+    def call(*args):
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+            return function(*args)
+
+    return call
+
+
 def operator(name: str, mutates_args: Collection[str] = ()) -> Callable[[Callable], Callable]:
     """Register a function as an operator, `.operator`, which is called where a call is traced, or where a gradient is
     asked for: there is none, and the operator says so."""
     def register(function: Callable) -> Callable:
+        function = on_its_gpu(function)
         registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
         mutated = [place for place, arg in enumerate(inspect.signature(function).parameters) if arg in mutates_args]
 
@@ -61,6 +72,7 @@ def differentiable(name: str, setup_context: Callable, backward: Callable) -> Ca
     setup_context(ctx, inputs, output) has put into ctx. A gradient of the gradients is refused, if what `backward`
     calls is an `operator`."""
     def register(function: Callable) -> Callable:
+        function = on_its_gpu(function)
         registered = torch.library.custom_op(name, function, mutates_args=())
         registered.register_autograd(backward, setup_context=setup_context)
 
