@@ -525,19 +525,38 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def check_occupancy(name: str, code: Compiled, tiles: decode.Tiles, kind: str) -> None:
+    """Shared memory for the stages and little else; programs an SM as tiles_for means them: one if they are persistent
+    or are to have an SM each, else several, so that one loads while another stores."""
+    tiling = tiles.up if kind == "up" else tiles.down
+    tall = (2 if kind == "up" else 1) * tiling.strip
+    stages = tiling.stages * (tall + tiles.row_tile) * tiling.depth * 2
+    assert code.shared_bytes <= stages + 1024, name
+    threads = 32 * tiling.warps
+    by_registers = 65536 // (threads * triton.cdiv(code.registers, 8) * 8)
+    by_memory = 228 * 1024 // (code.shared_bytes + 1024)  # of an SM's 228 KB the driver takes one for each program
+    alone = tiling.persistent or tiling.stages > 4
+    assert min(by_registers, by_memory) >= (1 if alone else 2), name
+    assert not alone or by_memory == 1, name
+
+
 @pytest.mark.parametrize("kind", ["up", "down"])
 def test_machine_code_of_every_decode_tiling(kind, launches):
+    tilings = {}
     for cfg, T in DECODE_SHAPES:
         R = T * cfg.K
+        known = set(launches.requests)
         tiles = decode.tiles_for(R, cfg.D, cfg.F, cfg.E, 132)
         work_W4 = meta(routing.work_entries(R, cfg.E, tiles.row_tile), 4, dtype=torch.int32)
         if kind == "up":
             decode.up_swiglu(meta(T, cfg.D), meta(cfg.E, 2 * cfg.F, cfg.D), meta(R, dtype=torch.int32), work_W4, tiles)
         else:
             decode.down(meta(R, cfg.F), meta(cfg.E, cfg.D, cfg.F), work_W4, tiles)
+        tilings |= {name: tiles for name in launches.requests if name not in known}
     assert len(launches.requests) >= 8, "as many tilings as the table has"
     for name, code in launches.compile().items():
         check_code(name, code, tma=True)
+        check_occupancy(name, code, tilings[name], kind)
         if kind == "up":
             assert code.count(r"LDGSTS.*128") > 0, f"{name}: rows of x travel in 16-byte copies"
 
