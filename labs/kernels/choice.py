@@ -10,9 +10,8 @@
 
 How the table for sm_90 was found: every kernel timed on six presets, one run each, on an H200 (labs/LOG.md). Gathering
 while loading slows the up projection by the same share whatever F is; gathering ahead moves some 2 * R * D values,
-and the up projection takes 4 * R * D * F operations, so it pays from some F on; the first tiles wait for their copies,
-so from a smaller F on where there are many. A tall tile pays where an expert's rows fit it whole, so that each weight
-is read once.
+and the up projection takes 4 * R * D * F operations, so it pays from some F on. A tall tile pays where an expert's rows
+fit it whole, so that each weight is read once.
 
 Whether to search is MOE_AUTOTUNE: `off` takes the table; `cached`, the default, takes what a search found on this kind
 of GPU before, else the table; `search` searches what is not cached. At most one search a shape class, a minute each.
@@ -42,7 +41,6 @@ FEW_ROWS = 66  # mean rows an expert up to which the weights' bytes take longer 
 MOST_FEW_ROWS = 128  # beyond which a search does not try few_rows; rounding starts here, and has no work list
 TALL_ROWS = 176  # mean rows an expert up to which most experts fit one tile of 192
 AHEAD_WIDTH = 1024  # F from which gathering ahead costs less than gathering in the loads
-AHEAD_MANY_WIDTH, AHEAD_MANY_ROWS = 768, 1024  # the same where experts have so many rows on average
 GROUPS = (8, 32)  # row tiles that walk through their expert's weights together
 INTERPRETED = PlainTile(64, 64, 32, warps=4, stages=2, tma=False)
 SMALL_PIPELINED = PlainTile(64, 128, 64, warps=4, stages=3, tma=False)  # 72 of 99 KB: fits every GPU of the table
@@ -95,8 +93,7 @@ def from_table(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int) -> C
         return Choice("pipelined", tile=TILES[90])
     if mean <= TALL_ROWS and min(D, F) > PREFETCHED:
         return Choice("tall", group=16)
-    ahead = F >= AHEAD_WIDTH or (F >= AHEAD_MANY_WIDTH and mean >= AHEAD_MANY_ROWS)
-    return Choice("ahead" if ahead else "gather")
+    return Choice("ahead" if F >= AHEAD_WIDTH else "gather")
 
 
 def candidates(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int, shared_bytes: int) -> list[Choice]:
