@@ -69,7 +69,8 @@ _ACC_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N 
 _ACC_QUARTER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 4, 16]))
 _ACC_EIGHTH = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 8, 16]))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-_GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 8 threads a row
+# 16 bytes a thread, 4 threads a row: with 8, a thread has twice as many rows, and an address and a predicate for each.
+_GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
 
 
 def _store_layouts(columns: int) -> tuple[gl.constexpr, gl.constexpr]:

@@ -38,7 +38,6 @@ from labs.kernels.roles import (
     _ACC,
     _ACC_QUARTER,
     _BLOCK_N,
-    _GATHER,
     _ROW_BYTES,
     _SWIZZLED,
     _WARPGROUPS,
@@ -75,6 +74,7 @@ WIDE_STAGES = 4
 
 _M_HALF = gl.constexpr(BLOCK_M // 2)
 _ROWS = gl.constexpr(ROWS)
+_GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 8 threads a row
 _NARROW_STAGES = gl.constexpr(NARROW_STAGES)
 _WIDE_STAGES = gl.constexpr(WIDE_STAGES)
 
