@@ -1,5 +1,5 @@
-"""One process, two GPUs, the first of them current: what lies on the second is computed there, with the same bits, as a
-model's layers spread over GPUs need it: python -m pytest tests/test_second_gpu.py"""
+"""One process, two GPUs, the first of them current: what lies on the second is computed there, as layers spread over
+GPUs need it: python -m pytest tests/test_second_gpu.py"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from common.config import Workload
 from common.level import discover
+from common.measure import relative_error
 from common.model import Weights, make_inputs, make_weights
 from labs.full_moe import OptimizedMoELayer
 from labs.kernels.operators import differentiable, operator
@@ -17,6 +18,9 @@ from tests.cases import Case
 
 WORKLOAD = Workload(Case("second GPU", T=4096, D=512, F=256, E=8, K=2).config, 4096, torch.bfloat16)
 LEVELS = {loaded.level.number: loaded for loaded in discover() if loaded.level.number >= 5}
+
+COMPILED = (6, 7)  # PyTorch's compiler times its kernels on each GPU for itself, and may sum in another order there
+ROUNDING = 5e-3  # of bfloat16 outputs, 2**-9 each
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -45,9 +49,14 @@ def forward_on(number: int, variant: str, index: int, drawn: tuple[Weights, torc
 def test_levels(number, variant, drawn):
     wanted = forward_on(number, variant, 0, drawn)
     assert torch.cuda.current_device() == 0
-    for found, expected in zip(forward_on(number, variant, 1, drawn), wanted, strict=True):
-        assert torch.equal(found, expected)
+    found = forward_on(number, variant, 1, drawn)
     assert torch.cuda.current_device() == 0
+    assert torch.equal(found[0], found[1])
+    for one, expected in zip(found, wanted, strict=True):
+        if number in COMPILED:
+            assert relative_error(one, expected) < ROUNDING
+        else:
+            assert torch.equal(one, expected)
 
 
 def trained_on(index: int) -> list[torch.Tensor]:

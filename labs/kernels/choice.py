@@ -9,9 +9,10 @@
     pipelined   plain_gemm.py: cp.async ahead of the multiply, no roles    sm_80, 86, 89, 120; float16 on sm_90
 
 How the table for sm_90 was found: every kernel timed on six presets, one run each, on an H200 (labs/LOG.md). Gathering
-while loading slows the up projection by the same share whatever F is; gathering ahead moves some 2 * R * D values,
-and the up projection takes 4 * R * D * F operations, so it pays from some F on. A tall tile pays where an expert's rows
-fit it whole, so that each weight is read once.
+while loading slows the up projection by the same share whatever F is, and by less where D is large, as what it does
+once a tile then counts less. Gathering ahead moves some 2 * R * D values, the up projection takes 4 * R * D * F
+operations: so it pays from some F on. A tall tile pays where an expert's rows fit it whole, so that each weight is
+read once.
 
 Whether to search is MOE_AUTOTUNE: `off` takes the table; `cached`, the default, takes what a search found on this kind
 of GPU before, else the table; `search` searches what is not cached. At most one search a shape class, a minute each.
@@ -40,7 +41,7 @@ from labs.kernels.tall_gemm import PREFETCHED
 FEW_ROWS = 66  # mean rows an expert up to which the weights' bytes take longer than the arithmetic
 MOST_FEW_ROWS = 128  # beyond which a search does not try few_rows; rounding starts here, and has no work list
 TALL_ROWS = 176  # mean rows an expert up to which most experts fit one tile of 192
-AHEAD_WIDTH = 1024  # F from which gathering ahead costs less than gathering in the loads
+AHEAD_WIDTH, AHEAD_NARROW_WIDTH = 2048, 1024  # F from which gathering ahead pays: for any D, for D up to 2 * F
 GROUPS = (8, 32)  # row tiles that walk through their expert's weights together
 INTERPRETED = PlainTile(64, 64, 32, warps=4, stages=2, tma=False)
 SMALL_PIPELINED = PlainTile(64, 128, 64, warps=4, stages=3, tma=False)  # 72 of 99 KB: fits every GPU of the table
@@ -93,7 +94,8 @@ def from_table(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int) -> C
         return Choice("pipelined", tile=TILES[90])
     if mean <= TALL_ROWS and min(D, F) > PREFETCHED:
         return Choice("tall", group=16)
-    return Choice("ahead" if F >= AHEAD_WIDTH else "gather")
+    ahead = F >= AHEAD_WIDTH or (F >= AHEAD_NARROW_WIDTH and D <= 2 * F)
+    return Choice("ahead" if ahead else "gather")
 
 
 def candidates(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int, shared_bytes: int) -> list[Choice]:
