@@ -280,7 +280,7 @@ class Replay:
         self.in_place: dict[int, tuple] = {}  # T -> graph, its output, the address where it reads
         self.met: dict[int, tuple[int, int]] = {}  # T -> the last address, how often it came in a row
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run at once, so they share memory
-        self.stream = torch.cuda.Stream(self.like.device)  # its own, as the current device may be another
+        self.stream = torch.cuda.Stream(self.like.device)  # to capture on; the current GPU may be another
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         D, dtype, device = self.like.shape[1], self.like.dtype, self.like.device

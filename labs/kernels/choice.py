@@ -8,11 +8,10 @@
     tall        tall_gemm.py: the same in tiles of 192 rows                sm_90, bfloat16, D and F over 192
     pipelined   plain_gemm.py: cp.async ahead of the multiply, no roles    sm_80, 86, 89, 120; float16 on sm_90
 
-How the table for sm_90 was found: every kernel timed on six presets, one run each, on an H200 (labs/LOG.md). Gathering
-while loading slows the up projection by the same share whatever F is, and by less where D is large, as what it does
-once a tile then counts less. Gathering ahead moves some 2 * R * D values, the up projection takes 4 * R * D * F
-operations: so it pays from some F on. A tall tile pays where an expert's rows fit it whole, so that each weight is
-read once.
+How the table for sm_90 was found: the kernels timed beside each other on six presets, on an H200 (labs/LOG.md).
+Gathering ahead moves some 2 * R * D values and the up projection takes 4 * R * D * F operations, so it pays from some F
+on; from which one depends on D, where gathering in the loads was the faster the wider D was. A tall tile pays where an
+expert's rows fit it whole, so that each weight is read once.
 
 Whether to search is MOE_AUTOTUNE: `off` takes the table; `cached`, the default, takes what a search found on this kind
 of GPU before, else the table; `search` searches what is not cached. At most one search a shape class, a minute each.

@@ -34,7 +34,7 @@ def wants_gradient(args: tuple) -> bool:
 
 
 def on_its_gpu(function: Callable) -> Callable:
-    """`function` with its first tensor's GPU as the current one: Triton launches there, wherever the tensors lie."""
+    """`function` with the GPU of its first tensor as the current one: Triton launches there, whatever it is given."""
     @functools.wraps(function)
     def call(*args):
         with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
