@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from labs.kernels.gathering import produce_gathered
 from labs.kernels.roles import (
     BLOCK_K,
     BLOCK_N,
@@ -30,7 +31,6 @@ from labs.kernels.roles import (
     describe,
     describe_weights,
     open_ring,
-    produce_gathered,
     produce_rows,
     store_rows,
     store_wide,

@@ -30,7 +30,6 @@ from labs.kernels.tiles import FIELDS, ROWS
 
 from triton.experimental import gluon  # after common.level, which tiles imports
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -69,8 +68,6 @@ _ACC_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N 
 _ACC_QUARTER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 4, 16]))
 _ACC_EIGHTH = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 8, 16]))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-# 16 bytes a thread, 4 threads a row: with 8, a thread has twice as many rows, and an address and a predicate for each.
-_GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
 
 
 def _store_layouts(columns: int) -> tuple[gl.constexpr, gl.constexpr]:
@@ -96,15 +93,26 @@ _SWAPPED_256, _WIDE_256 = _store_layouts(256)
 
 # ------------------------------------------------------------------------------------------- which tile is next
 @gluon.jit
+def find_group(tiles_ptr, tile, column_tiles):
+    """Output tile -> (first row tile, row tiles) of its group."""
+    entry = tiles_ptr + tile // column_tiles * _FIELDS
+    return gl.load(entry + 3), gl.load(entry + 4)
+
+
+@gluon.jit
+def find_in_group(tiles_ptr, tile, column_tiles, first, size):
+    """What find_tile finds, the tile's group being known."""
+    local = tile - first * column_tiles
+    row_tile = first + local % size
+    entry = tiles_ptr + row_tile * _FIELDS
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), local // size, row_tile
+
+
+@gluon.jit
 def find_tile(tiles_ptr, tile, column_tiles):
     """Output tile -> (expert, first row, rows in use, column tile, row tile). Row tiles run fastest within a group."""
-    entry = tiles_ptr + tile // column_tiles * _FIELDS
-    group_first = gl.load(entry + 3)
-    group_size = gl.load(entry + 4)
-    local = tile - group_first * column_tiles
-    row_tile = group_first + local % group_size
-    entry = tiles_ptr + row_tile * _FIELDS
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), local // group_size, row_tile
+    first, size = find_group(tiles_ptr, tile, column_tiles)
+    return find_in_group(tiles_ptr, tile, column_tiles, first, size)
 
 
 @gluon.jit
@@ -136,16 +144,26 @@ def find_band_tile(walk, band_tiles, tile):
 
 
 @gluon.jit
-def claim(claimed_ptr, WARPS: gl.constexpr):
-    """The number of the next output tile that no program has; for all threads of a role of WARPS warps.
-
-    One thread counts, a reduction tells the others: the counter as a scalar would go through shared memory.
-    """
+def begin_claim(claimed_ptr, WARPS: gl.constexpr):
+    """Take the next output tile that no program has: its number in one thread of a role of WARPS warps, 0 in others."""
     thread = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     first = thread == 0
     counted = gl.atomic_add(claimed_ptr + gl.zeros_like(thread), first.to(gl.int32), mask=first, sem="relaxed",
                             scope="gpu")
-    return gl.sum(gl.where(first, counted, 0), axis=0)
+    return gl.where(first, counted, 0)
+
+
+@gluon.jit
+def end_claim(counted):
+    """The number that begin_claim took, to all threads: one counts, a reduction tells the others, since the counter as
+    a scalar would go through shared memory."""
+    return gl.sum(counted, axis=0)
+
+
+@gluon.jit
+def claim(claimed_ptr, WARPS: gl.constexpr):
+    """The number of the next output tile that no program has; for all threads of a role of WARPS warps."""
+    return end_claim(begin_claim(claimed_ptr, WARPS))
 
 
 @gluon.jit
@@ -292,60 +310,6 @@ def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_
             stage, phase = load_more(more, row, used, column, stage, phase, ring, False)
         expert, row, used, column, band = after
     tell_end(ring, stage, phase, 1)
-
-
-@gluon.jit
-def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring,
-                     load_more: gl.constexpr = None, more=None):
-    """Four warps fill the ring: rows of x by cp.async through token_of_row, zeros past the expert's end, and weights by
-    TMA.
-
-    load_more(more, row, used, column, stage, phase, ring, True), if given, fills further stages after a tile's last.
-    """
-    tiles_ptr, total, column_tiles, k_steps = walk
-    rows, weights, _told, full, empty = ring
-    rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
-    early = gl.maximum(k_steps - _LEAD, 0)
-    D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
-    r = gl.arange(0, _TILE_ROWS, layout=gl.SliceLayout(1, _GATHER))
-    c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _GATHER))
-    stage = 0
-    phase = 0
-    expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
-    while used > 0:
-        tell(ring, stage, phase, row, used, column, 0, 4)
-        place = r - gl.where(used > _ROWS, 0, column % 2 * _ROWS)  # a half tile lies with the warpgroup that works
-        inside = (place >= 0) & (place < used)
-        token = gl.load(token_of_row_ptr + row + place, mask=inside, other=0)
-        source = x_ptr + (token.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
-        next_expert = 0
-        next_row = 0
-        next_used = 0
-        next_column = 0
-        for k in range(k_steps):
-            if k == early:
-                after = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
-                next_expert = after[0]
-                next_row = after[1]
-                next_used = after[2]
-                next_column = after[3]
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, _WEIGHT_BYTES)
-            load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage)
-            async_copy.async_copy_global_to_shared(rows.index(stage), source,
-                                                   inside[:, None] & (k * _BLOCK_K + c < D)[None, :])
-            async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
-            source += _BLOCK_K
-            stage, phase = next_stage(stage, phase, _STAGES)
-        if load_more is not None:
-            stage, phase = load_more(more, row, used, column, stage, phase, ring, True)
-        expert = next_expert
-        row = next_row
-        used = next_used
-        column = next_column
-    tell_end(ring, stage, phase, 4)
-    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
 # ----------------------------------------------------------------------------------------------------- consumers

@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.grouped_gemm import _SILU_MUL
+from labs.kernels.gathering import produce_gathered
 from labs.kernels.roles import (
     _ACC_EIGHTH,
     _ACC_HALF,
@@ -40,7 +41,6 @@ from labs.kernels.roles import (
     halves,
     next_stage,
     open_ring,
-    produce_gathered,
     produce_rows,
     store_rows,
     sync_threads,

@@ -1,0 +1,126 @@
+"""The producer that gathers: roles.py's ring filled with rows of x that lie wherever their tokens do.
+
+    step of a tile     four warps: wait empty[s], cp.async 128 rows by 64 columns, TMA the weights
+    while they copy    claim the next tile -> its group -> what tile it is -> its rows' tokens
+
+Each arrow is a load that needs the one before, and takes as long as a K step or two. So the look-up is spread over a
+tile's last eight steps and nothing waits for it. In one go, as TMA's producer has it, which runs ahead of what it asks
+for, it cost 1% of the layer (labs/LOG.md).
+"""
+
+from __future__ import annotations
+
+from labs.kernels.roles import (
+    _BLOCK_K,
+    _ROWS,
+    _STAGES,
+    _SWIZZLED,
+    _TILE_ROWS,
+    _WEIGHT_BYTES,
+    begin_claim,
+    claim,
+    end_claim,
+    find_group,
+    find_in_group,
+    find_tile_ahead,
+    load_weights,
+    next_stage,
+    tell,
+    tell_end,
+)
+
+from triton.experimental import gluon  # after common.level, which roles imports
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+# T tokens, D model width, R = T*K routed rows.
+
+# 16 bytes a thread, 4 threads a row: with 8, a thread has twice as many rows, and an address and a predicate for each.
+_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
+# K steps before a tile's end at which each part of the next one's look-up is asked for.
+_CLAIM, _GROUP, _TILE, _TOKENS = gl.constexpr(8), gl.constexpr(7), gl.constexpr(5), gl.constexpr(3)
+
+
+@gluon.jit
+def rows_in_use(used, column):
+    """Where in an expert's tile each of the ring's 128 rows lies, and whether one is there: a half tile lies with the
+    warpgroup that works."""
+    r = gl.arange(0, _TILE_ROWS, layout=gl.SliceLayout(1, _LAYOUT))
+    place = r - gl.where(used > _ROWS, 0, column % 2 * _ROWS)
+    return place, (place >= 0) & (place < used)
+
+
+@gluon.jit
+def load_tokens(token_of_row_ptr, row, used, column):
+    """The tokens of a tile's rows, 0 where there is none."""
+    place, inside = rows_in_use(used, column)
+    return gl.load(token_of_row_ptr + row + place, mask=inside, other=0)
+
+
+@gluon.jit
+def gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, first_k, end_k, stage, phase, ring):
+    """K steps of an output tile: its rows by cp.async, zeros past the expert's end, and the weights by TMA.
+
+    source: pointers to the rows' first 64 columns.
+    """
+    rows, weights, _told, full, empty = ring
+    rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
+    c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _LAYOUT))
+    for k in range(first_k, end_k):
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(bar, _WEIGHT_BYTES)
+        load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage)
+        async_copy.async_copy_global_to_shared(rows.index(stage), source + k * _BLOCK_K,
+                                               inside[:, None] & (k * _BLOCK_K + c < D)[None, :])
+        async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
+        stage, phase = next_stage(stage, phase, _STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring,
+                     load_more: gl.constexpr = None, more=None):
+    """Four warps fill the ring: rows of x (T, D) through token_of_row (R,), and weights. weight_rows: of an expert.
+
+    load_more(more, row, used, column, stage, phase, ring, True), if given, fills further stages after a tile's last.
+    """
+    tiles_ptr, total, column_tiles, k_steps = walk
+    D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
+    c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _LAYOUT))
+    ask_claim = gl.maximum(k_steps - _CLAIM, 0)
+    ask_group = gl.maximum(k_steps - _GROUP, 0)
+    ask_tile = gl.maximum(k_steps - _TILE, 0)
+    ask_tokens = gl.maximum(k_steps - _TOKENS, 0)
+    stage = 0
+    phase = 0
+    expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
+    token = load_tokens(token_of_row_ptr, row, used, column)
+    while used > 0:
+        tell(ring, stage, phase, row, used, column, 0, 4)
+        inside = rows_in_use(used, column)[1]
+        source = x_ptr + (token.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, 0, ask_claim,
+                                    stage, phase, ring)
+        counted = begin_claim(claimed_ptr, 4)
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, ask_claim, ask_group,
+                                    stage, phase, ring)
+        claimed = end_claim(counted)
+        tile = gl.maximum(gl.minimum(claimed, total - 1), 0)
+        first, size = find_group(tiles_ptr, tile, column_tiles)
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, ask_group, ask_tile,
+                                    stage, phase, ring)
+        after = find_in_group(tiles_ptr, tile, column_tiles, first, size)
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, ask_tile, ask_tokens,
+                                    stage, phase, ring)
+        next_used = gl.where(claimed < total, after[2], 0)
+        token = load_tokens(token_of_row_ptr, after[1], next_used, after[3])
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, ask_tokens, k_steps,
+                                    stage, phase, ring)
+        if load_more is not None:
+            stage, phase = load_more(more, row, used, column, stage, phase, ring, True)
+        expert, row, _used, column, _row_tile = after
+        used = next_used
+    tell_end(ring, stage, phase, 4)
+    async_copy.mbarrier_arrive(ring[3].index(stage), increment_count=False)
