@@ -28,6 +28,7 @@ import triton
 from common.config import Workload
 from common.level import Unsupported
 from common.model import Oracle, Weights
+from common.reader import read_all
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -37,6 +38,8 @@ WORST_ROW_FACTOR = 8
 TIE_MARGIN = 1e-4
 # A GPU under load slows for some seconds, by a tenth and more, as it heats and reaches its power limit (labs/LOG.md).
 WARM_SECONDS = 3.0
+# Of a call under its own load alone, twice: its clock settles within a quarter of a second (labs/LOG.md).
+SUSTAINED_SECONDS = 0.6
 # Host calls that put work on the GPU; a graph replay is one, however many kernels it holds.
 LAUNCH_CALLS = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
 
@@ -217,6 +220,26 @@ def interleave(calls: Sequence[Callable[[], object]], rounds: int, clock: WallCl
         yield samples
 
 
+def sustain(calls: Sequence[Callable[[], object]], clock: WallClock,
+            seconds: float = SUSTAINED_SECONDS) -> Iterator[list[list[float]]]:
+    """Time every call under its own load alone, as a model runs a layer that takes most of its time: over and over for
+    `seconds`, of which the first half does not count. In order, then in reverse; after each call's turn yield the
+    milliseconds per call so far.
+
+    In rounds all calls run at a clock that the power of them all allows, and who draws less pays for the others'. Here
+    each has the clock that it earns.
+    """
+    samples: list[list[float]] = [[] for _ in calls]
+    for place in [*range(len(calls)), *reversed(range(len(calls)))]:
+        start, counted = time.perf_counter(), 0
+        while (now := time.perf_counter() - start) < seconds or not counted:
+            taken = clock(calls[place])
+            if now >= seconds / 2:
+                samples[place].append(taken)
+                counted += 1
+        yield samples
+
+
 @dataclass(frozen=True)
 class Profile:
     """What one call put on the GPU: busy milliseconds (the union of its kernels' and copies' times),
@@ -338,7 +361,7 @@ class PeakMemory:
 class Ceilings:
     """What the GPU can do at most, for timing in the same rounds as the levels: a chip that is warm for
     them is as warm for its ceilings. `calls` are an 8192^3 matmul in cuBLAS on random data, a copy of 512 MiB, and a
-    sum of 1 GiB, which only reads, each repeated so that the launch does not count."""
+    sum of 1 GiB, which only reads (reader.py: PyTorch's is slower), each repeated so that the launch does not count."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         n, self.repeats = 8192, 4
@@ -349,7 +372,7 @@ class Ceilings:
         self.flops, self.bytes = 2 * n**3, memory.nbytes
         self.calls = (lambda: self._repeat(lambda: torch.mm(a, b, out=out)),
                       lambda: self._repeat(lambda: target.copy_(source)),
-                      lambda: self._repeat(memory.sum))
+                      lambda: self._repeat(lambda: read_all(memory)))
 
     def _repeat(self, call: Callable[[], object]) -> None:
         for _ in range(self.repeats):

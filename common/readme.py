@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from common.measure import Spread
 from common.references import BOUND
 from common.results import Row, Run, load, speedups
 from common.show import name_text, number, percent, ratio, rounding_notes, status_text
@@ -66,32 +67,43 @@ def bandwidth(run: Run, row: Row) -> str:
     """TB/s of the run's least bytes in the row's GPU-busy time, and their share of the copy and of the read rate; `-`
     where arithmetic takes longer than bytes, or nothing was profiled."""
     copy, read = run.ceilings["copy_tbps"], run.ceilings.get("read_tbps")  # runs before there was a read lack it
-    if run.flops / run.ceilings["matmul_tflops"] > run.least_bytes / copy or not row.gpu_ms:
+    if run.is_arithmetic_bound or not row.gpu_ms:
         return "-"
     rate = run.least_bytes / row.gpu_ms.p50 / 1e9
     return f"{number(rate)} ({percent(rate / copy)}, {percent(rate / read if read else None)})"
 
 
+def ahead(ours: Spread | None, other: Spread | None) -> str:
+    """How much longer the other's median is, `5.4%`, and whether the spreads overlap; `-` if one was not measured."""
+    if not ours or not other:
+        return "-"
+    apart = ours.p80 < other.p20 or other.p80 < ours.p20
+    return f"{other.p50 / ours.p50 - 1:.1%}" + ("" if apart else ", within the spread")
+
+
 def leads_markdown(runs: list[Run]) -> str:
-    """A row a run: our highest level with exact top-k, its share of the bound, and the fastest other library's time.
-    Where the roofline is memory, also the rate at which the least bytes went by while the GPU was busy, and its share
-    of the measured rates."""
+    """A row a run: our highest level with exact top-k beside the other library that was fastest in rounds. Its share of
+    the bound and its lead there, by wall and by GPU-busy time, and the same with each under its own load alone. Where
+    memory sets the roofline, also the rate at which the least bytes went by while the GPU was busy, and its share of
+    the measured rates."""
     lines = [
         "| layer | tokens | level | wall ms (p20 to p80) | of bmm | TB/s while busy (of a copy, of a read) | "
-        "fastest other | wall ms (p20 to p80) | ahead by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "fastest other | wall ms (p20 to p80) | ahead by | GPU-busy | sustained ms | of bmm | other | ahead by |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         ours = max((row for row in run.levels if row.timed and row.variant == "exact"), key=lambda row: row.number)
         other = min((row for row in run.rows if row.kind != "level" and row.timed and row.name != BOUND),
                     key=lambda row: row.wall_ms.p50)
-        times = [row.wall_ms for row in (ours, other)]
-        spread = [f"{number(one.p50)} ({number(one.p20)} to {number(one.p80)})" for one in times]
-        ahead = f"{times[1].p50 / times[0].p50 - 1:.1%}"
-        if times[0].p80 >= times[1].p20 and times[1].p80 >= times[0].p20:
-            ahead += ", within the spread"
+        rows = (ours, other, run.row(BOUND))
+        spread = [f"{number(row.wall_ms.p50)} ({number(row.wall_ms.p20)} to {number(row.wall_ms.p80)})"
+                  for row in rows[:2]]
+        alone = [row.sustained_ms.p50 if row and row.sustained_ms else None for row in rows]
         cells = [run.preset, f"{run.shape['T']:,}", f"{ours.number} {ours.name}", spread[0], percent(ours.bound_share),
-                 bandwidth(run, ours), other.name, spread[1], ahead]
+                 bandwidth(run, ours), other.name, spread[1], ahead(ours.wall_ms, other.wall_ms),
+                 ahead(ours.gpu_ms, other.gpu_ms), number(alone[0]),
+                 percent(alone[2] / alone[0] if alone[0] and alone[2] else None), number(alone[1]),
+                 ahead(ours.sustained_ms, other.sustained_ms)]
         lines.append("| " + " | ".join(cells) + " |")
     stamps = {f"{run.environment['gpu']}, driver {run.environment['driver']}, torch {run.environment['torch']}, Triton "
               f"{run.environment['triton']}, {run.dtype}, {run.routing} routing, {run.rounds} rounds, commit "

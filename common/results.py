@@ -27,6 +27,8 @@ class Row:
     kind: level, reference or peer. variant: exact or rounded routing. status: one of STATUSES, with
     `reason` where it is not ok. build_s: building, compiling and the first call. samples: timed
     calls; rounds_ms: each of them, in the order of the rounds, for drifts and outliers to show in.
+    sustained_ms: of calls that followed their like for a while (measure.sustain), where arithmetic and
+    so power sets the pace.
     peak_mib: memory above weights, input and output. roofline_share and bound_share: the roofline's
     and the cuBLAS bound's time over this one's. rounding: of a rounded row, tile, mode, what changed
     (see labs/kernels/rounding.py) and gpu_us, the microseconds of rounding's own kernels; its tflops
@@ -45,6 +47,7 @@ class Row:
     error_bound: float | None = None
     wall_ms: Spread | None = None
     gpu_ms: Spread | None = None
+    sustained_ms: Spread | None = None
     samples: int = 0
     rounds_ms: list[float] = field(default_factory=list)
     launches: int | None = None
@@ -92,6 +95,12 @@ class Run:
     def levels(self) -> list[Row]:
         """The ladder's rows, in order."""
         return [row for row in self.rows if row.kind == "level"]
+
+    @property
+    def is_arithmetic_bound(self) -> bool:
+        """Whether by the measured ceilings its FLOPs take longer than its least bytes. False without ceilings."""
+        return bool(self.ceilings) and (self.flops / self.ceilings["matmul_tflops"]
+                                        > self.least_bytes / self.ceilings["copy_tbps"])
 
     def row(self, name: str) -> Row | None:
         """The row called `name`, or None."""
@@ -180,7 +189,7 @@ def load(path: Path) -> list[Run]:
 
 def _run(data: dict) -> Run:
     rows = [
-        Row(**{key: Spread(**value) if key in ("wall_ms", "gpu_ms") and value else value
+        Row(**{key: Spread(**value) if key in ("wall_ms", "gpu_ms", "sustained_ms") and value else value
                for key, value in row.items()})
         for row in data["rows"]
     ]

@@ -16,7 +16,7 @@ from common.level import Loaded, Unsupported
 from common.measure import (
     TIE_MARGIN,
     Ceilings, Forward, Gate, PeakMemory, Spread, WallClock, check_finite, count_host_syncs, environment, error_bound,
-    gate, interleave, profile_together, warm_up,
+    gate, interleave, profile_together, sustain, warm_up,
 )
 from common.model import Oracle, Weights, make_inputs, make_weights, must_fit, oracle
 from common.peers import NotInstalled, Peer
@@ -27,6 +27,8 @@ from common.rounded import broken_rule, rounded_oracle
 # No level is timed for longer than this in one run, unless three calls take longer.
 SECONDS_EACH = 3.0
 PROFILED_CALLS = 9
+# A call that takes longer is profiled once, and not sustained: the host or memory sets its pace, not the chip's power.
+SLOW_MS = 100
 OFF = "rounding is off: under two tiles of rows an expert"
 
 
@@ -240,6 +242,18 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
         except RuntimeError:  # what was timed stands, without launches and GPU-busy times
             traceback.print_exc()
         reporter.update(run)
+    if run.is_arithmetic_bound:
+        _sustain([subject for subject in ready if subject.row.wall_ms.p50 < SLOW_MS], x_TD, clock, reporter, run)
+
+
+def _sustain(ready: Sequence[_Subject], x_TD: torch.Tensor, clock: WallClock, reporter: Reporter, run: Run) -> None:
+    """Fill in sustained_ms."""
+    calls = [lambda forward=subject.forward: forward(x_TD) for subject in ready]
+    for samples in sustain(calls, clock):
+        for subject, taken in zip(ready, samples, strict=True):
+            subject.row.sustained_ms = Spread.of(taken) if taken else None
+        reporter.stage("each under its own load alone")
+        reporter.update(run)
 
 
 def _warm(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
@@ -252,7 +266,7 @@ def _warm(subject: _Subject, clock: WallClock, x_TD: torch.Tensor) -> None:
 
 
 def _profile(ready: list[_Subject], calls: Sequence[Callable[[], object]], clock: WallClock) -> None:
-    counts = [PROFILED_CALLS if subject.row.wall_ms.p50 < 100 else 1 for subject in ready]
+    counts = [PROFILED_CALLS if subject.row.wall_ms.p50 < SLOW_MS else 1 for subject in ready]
     for subject, profiles in zip(ready, profile_together(calls, counts, clock), strict=True):
         row = subject.row
         row.launches = profiles[-1].launches

@@ -93,7 +93,7 @@ def run_table(run: Run) -> Table:
     table = Table(title=title(run) + ("  (partial)" if run.partial else ""), title_justify="left")
     table.add_column("", justify="right")
     table.add_column("level")
-    for name in ("rel. error", "wall ms", "p20-p80", "GPU ms", "launches", "syncs", "step", "total",
+    for name in ("rel. error", "wall ms", "p20-p80", "GPU ms", "sustained", "launches", "syncs", "step", "total",
                  "TFLOP/s", "roofline", "bound", "peak MiB", "build s"):
         table.add_column(name, justify="right", no_wrap=True)
     gains, kind = speedups(run), "level"
@@ -112,6 +112,7 @@ def run_table(run: Run) -> Table:
             "-" if row.rel_err is None else f"{row.rel_err:.1e}",
             Text(wall, style="red" if row.status == "failed" else "yellow" if not row.timed else "bold"), spread,
             number(row.gpu_ms.p50 if row.gpu_ms else None),
+            number(row.sustained_ms.p50 if row.sustained_ms else None),
             "-" if row.launches is None else str(row.launches),
             "-" if row.host_syncs is None else str(row.host_syncs),
             step, ratio(gain.total if gain else None), number(row.tflops), percent(row.roofline_share),

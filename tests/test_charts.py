@@ -16,6 +16,7 @@ from common import charts
 from common.config import DEFAULT_TOKENS
 from common.measure import Spread
 from common.readme import LEADS, TABLE, TRAINING, leads_markdown, markdown, render, training_markdown
+from common.references import BOUND
 from common.results import Row, Run, load, save, speedups
 from common.show import run_table
 
@@ -292,7 +293,10 @@ def test_the_table_of_leads_has_our_highest_exact_level_and_the_fastest_other(tm
     run = made_up(64, row(0, 100.0), row(2, 1.0, bound_share=1.0), rounded, slow, PEER, replace(PEER, status="failed"))
     found = leads_markdown([run])
     assert ("| qwen3-30b-a3b | 64 | 2 name2 | 1.00 (0.900 to 1.10) | 100% | - | their layer | 2.00 (1.50 to 2.50) | "
-            "100.0% |") in found
+            "100.0% | 0.0%, within the spread | - | - | - | - |") in found
+    timed = [replace(one, gpu_ms=Spread(ms, ms, ms), sustained_ms=Spread(2 * ms, 2 * ms, 2 * ms))
+             for one, ms in ((run.rows[1], 0.8), (PEER, 1.0), (replace(PEER, name=BOUND), 0.72))]
+    assert "| 100.0% | 25.0% | 1.60 | 90% | 2.00 | 25.0% |" in leads_markdown([replace(run, rows=timed)])
     bytes_only = replace(run, flops=1, least_bytes=2 * 10**9)
     assert "| 2.00 (50%, -) |" in leads_markdown([bytes_only])
     bytes_only.ceilings["read_tbps"] = 5.0

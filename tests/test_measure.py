@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import types
 from collections import Counter
 
@@ -20,9 +21,11 @@ from common.measure import (
     interleave,
     profile_call,
     profile_together,
+    sustain,
     warm_up,
 )
 from common.model import make_inputs, make_weights, oracle
+from common.reader import BLOCK, PROGRAMS_EACH, read_all
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -105,6 +108,27 @@ def test_the_chip_is_warmed_by_rounds_of_all_calls():
     Clock.on_gpu = False
     warm_up("abc", Clock(), 5.0)
     assert ran == []
+
+
+def test_what_is_sustained_follows_its_like_and_does_not_count_at_first(monkeypatch):
+    now, ran = [0.0], []
+
+    def clock(call):
+        ran.append(call)
+        now[0] += 0.25 if call == "fast" else 2.0
+        return len(ran)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    yielded = [[list(taken) for taken in samples] for samples in sustain(["fast", "slow"], clock, seconds=1.0)]
+    assert ran == ["fast"] * 4 + ["slow"] * 2 + ["slow"] * 2 + ["fast"] * 4
+    assert yielded[0] == [[3, 4], []], "of a second, what began in its second half"
+    assert yielded[-1] == [[3, 4, 11, 12], [6, 8]], "one that takes longer than the turn counts after its first"
+    assert len(yielded) == 4
+
+
+def test_reading_reads_all_of_it():
+    x = torch.arange(BLOCK * PROGRAMS_EACH * 2 + 17, dtype=torch.float32, device=DEVICE) % 7
+    assert read_all(x).double().sum().item() == x.double().sum().item()
 
 
 @pytest.mark.parametrize("own_wait", [False, True])

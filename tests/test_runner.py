@@ -21,7 +21,7 @@ from common.measure import Spread, WallClock, environment
 from common.model import make_inputs, make_weights
 from common.peers import Peer
 from common.profile import named_ranges
-from common.results import load
+from common.results import Run, load
 from common.run import Interrupted, run_workload
 from common.show import Screen
 
@@ -157,6 +157,18 @@ def test_what_was_timed_stands_when_the_profiler_fails(tmp_path, monkeypatch, ca
     assert recorded.levels[0].wall_ms.p50 == 1.0
     assert recorded.levels[0].gpu_ms is None
     assert "one of the calls waits" in capsys.readouterr().err
+
+
+def test_where_arithmetic_sets_the_pace_each_is_timed_under_its_own_load_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(common_run, "sustain", lambda calls, clock: iter([[[1.0, 2.0, 9.0] for _ in calls]]))
+    _, (recorded,) = run(tmp_path, levels=[GOOD])
+    assert recorded.levels[0].sustained_ms is None
+    monkeypatch.setattr(Run, "is_arithmetic_bound", True)
+    _, (recorded,) = run(tmp_path, levels=[GOOD])
+    assert recorded.levels[0].sustained_ms.p50 == 2.0
+    monkeypatch.setattr(common_run, "SLOW_MS", 0.0)
+    _, (recorded,) = run(tmp_path, levels=[GOOD])
+    assert recorded.levels[0].sustained_ms is None, "of a slow call it is not the chip's power that sets the pace"
 
 
 def test_runs_of_other_workloads_stay_in_the_file(tmp_path):

@@ -1,0 +1,35 @@
+"""The fastest way found to read memory and do nothing with it: the ceiling for kernels that read far more than they
+write."""
+
+from __future__ import annotations
+
+import torch
+
+import common.level  # noqa: F401 - says whether Triton interprets, before Triton is imported
+
+import triton
+import triton.language as tl
+
+BLOCK = 4096  # float32 values of a step; four steps in flight are 64 KB, which every GPU since sm_80 has room for
+PROGRAMS_EACH = 4  # of an SM
+
+
+@triton.jit
+def read_kernel(x_ptr, sums_ptr, n, BLOCK: tl.constexpr):
+    """A sum a program, of every grid-th block. Grid: any."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK, num_stages=4):
+        offsets = start + tl.arange(0, BLOCK)
+        sums += tl.load(x_ptr + offsets, mask=offsets < n, other=0)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(sums))
+
+
+def read_all(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x, contiguous float32 of fewer than 2**31 - 2**24 values, in parts: (programs,) float32.
+
+    On an H200 it read 4.40 TB/s where PyTorch's sum read 4.18 and its maximum of int64 4.28 (labs/LOG.md).
+    """
+    programs = PROGRAMS_EACH * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1)
+    sums = x.new_empty(programs)
+    read_kernel[(programs,)](x, sums, x.numel(), BLOCK=BLOCK, num_warps=4)
+    return sums
