@@ -24,7 +24,7 @@ from common.peers import PEERS, Peer
 from common.references import REFERENCES
 from common.results import load, results_path, save
 from common.run import Interrupted, run_workload
-from common.show import Screen, error_exit, run_table
+from common.show import Screen, error_exit, RunTable
 
 ROOT = Path(__file__).resolve().parent
 RECORDED = ROOT / "plots"
@@ -171,7 +171,7 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
             run = run_workload(workload, chosen, references, device, rounds, screen.reporter(workload))
         except Interrupted as stop:
             run, interrupted = stop.run, True
-        screen.print(run_table(run))
+        screen.print(RunTable(run))
         runs.append(run)
         path = save(out, run)
         if interrupted:

@@ -10,7 +10,7 @@ import torch
 from common.config import DEFAULT_TOKENS, DTYPES, PRESETS, ROUTING_MODES, Workload, parse_dtype, parse_shape, preset
 from common.level import Level, Unsupported, check_device_dtype, discover
 from common.run import Interrupted, run_workload
-from common.show import Screen, error_exit, gate_line, run_table
+from common.show import Screen, error_exit, gate_line, RunTable
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +85,9 @@ def run_alone(level: Level) -> int:
             except ValueError as error:
                 return error_exit(error)
             except Interrupted as stop:
-                screen.print(run_table(stop.run))
+                screen.print(RunTable(stop.run))
                 return 130
-            screen.print(run_table(run))
+            screen.print(RunTable(run))
             for row in run.rows:
                 if row.number == level.number:
                     screen.print(gate_line(row))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from common.config import Workload, dtype_name
-from common.results import Row, Run, speedups
+from common.results import Row, Run, Speedup, speedups
 
 
 def error_exit(error: Exception) -> int:
@@ -88,41 +89,68 @@ def title(run: Run) -> str:
     return f"{run.preset}  {shape}  {run.dtype}  {run.routing} routing"
 
 
-def run_table(run: Run) -> Table:
-    """The table of one run, levels first, references below a rule."""
-    table = Table(title=title(run) + ("  (partial)" if run.partial else ""), title_justify="left")
-    table.add_column("", justify="right")
-    table.add_column("level")
-    for name in ("rel. error", "wall ms", "p20-p80", "GPU ms", "sustained", "launches", "syncs", "step", "total",
-                 "TFLOP/s", "roofline", "bound", "peak MiB", "build s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    gains, kind = speedups(run), "level"
-    for row in run.rows:
-        if row.kind != kind:
-            table.add_section()
-            kind = row.kind
-        gain = gains.get(row.name) if row.kind == "level" else None
-        step = Text(ratio(gain.step if gain else None), style="red" if gain and gain.step and gain.step < 1 else "")
-        wall, spread = status_text(row), ""
-        if row.wall_ms is not None and row.status in ("ok", "interpreted"):
-            wall = number(row.wall_ms.p50) if row.timed else f"({number(row.wall_ms.p50)})"
-            spread = f"{number(row.wall_ms.p20)}-{number(row.wall_ms.p80)}"
-        table.add_row(
-            "" if row.number is None else str(row.number), name_text(row),
-            "-" if row.rel_err is None else f"{row.rel_err:.1e}",
-            Text(wall, style="red" if row.status == "failed" else "yellow" if not row.timed else "bold"), spread,
-            number(row.gpu_ms.p50 if row.gpu_ms else None),
-            number(row.sustained_ms.p50 if row.sustained_ms else None),
-            "-" if row.launches is None else str(row.launches),
-            "-" if row.host_syncs is None else str(row.host_syncs),
-            step, ratio(gain.total if gain else None), number(row.tflops), percent(row.roofline_share),
-            percent(row.bound_share), number(row.peak_mib), number(row.build_s),
-        )
-    why = [f"{row.name}: {row.reason}" for row in run.rows
-           if row.status in ("failed", "not installed", "oom") or ":" in row.reason]
-    why += rounding_notes(run)
-    table.caption, table.caption_justify = "\n".join(why) or None, "left"
-    return table
+# Columns that go, the first ones first, where a terminal is too narrow for all.
+DISPENSABLE = ("TFLOP/s", "build s", "syncs", "rel. error", "roofline", "peak MiB", "sustained", "launches", "bound",
+               "GPU ms", "p20-p80", "step", "total")
+
+
+def _cells(row: Row, gain: Speedup | None) -> dict[str, str | Text]:
+    """A row of the run's table: heading -> what stands there."""
+    wall, spread = status_text(row), ""
+    if row.wall_ms is not None and row.status in ("ok", "interpreted"):
+        wall = number(row.wall_ms.p50) if row.timed else f"({number(row.wall_ms.p50)})"
+        spread = f"{number(row.wall_ms.p20)}-{number(row.wall_ms.p80)}"
+    slower = gain is not None and gain.step is not None and gain.step < 1
+    return {
+        "": "" if row.number is None else str(row.number),
+        "level": name_text(row),
+        "rel. error": "-" if row.rel_err is None else f"{row.rel_err:.1e}",
+        "wall ms": Text(wall, style="red" if row.status == "failed" else "bold" if row.timed else "yellow"),
+        "p20-p80": spread,
+        "GPU ms": number(row.gpu_ms.p50 if row.gpu_ms else None),
+        "sustained": number(row.sustained_ms.p50 if row.sustained_ms else None),
+        "launches": "-" if row.launches is None else str(row.launches),
+        "syncs": "-" if row.host_syncs is None else str(row.host_syncs),
+        "step": Text(ratio(gain.step if gain else None), style="red" if slower else ""),
+        "total": ratio(gain.total if gain else None),
+        "TFLOP/s": number(row.tflops),
+        "roofline": percent(row.roofline_share),
+        "bound": percent(row.bound_share),
+        "peak MiB": number(row.peak_mib),
+        "build s": number(row.build_s),
+    }
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """The table of one run, levels first, references below a rule, in as many columns as the terminal has room for."""
+
+    run: Run
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        run, gains = self.run, speedups(self.run)
+        rows = [_cells(row, gains.get(row.name) if row.kind == "level" else None) for row in run.rows]
+        widths = {heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in rows[0]}
+        hidden: list[str] = []
+        while sum(widths.values()) + 3 * len(widths) + 1 > options.max_width and len(hidden) < len(DISPENSABLE):
+            hidden.append(DISPENSABLE[len(hidden)])
+            del widths[hidden[-1]]
+        table = Table(title=title(run) + ("  (partial)" if run.partial else ""), title_justify="left")
+        for heading in widths:
+            table.add_column(heading, justify="left" if heading == "level" else "right", no_wrap=True)
+        kind = "level"
+        for row, cells in zip(run.rows, rows, strict=True):
+            if row.kind != kind:
+                table.add_section()
+                kind = row.kind
+            table.add_row(*(cells[heading] for heading in widths))
+        why = [f"{row.name}: {row.reason}" for row in run.rows
+               if row.status in ("failed", "not installed", "oom") or ":" in row.reason]
+        why += rounding_notes(run)
+        if hidden:
+            why.append(f"no room for {', '.join(hidden)}: {options.max_width} columns")
+        table.caption, table.caption_justify = "\n".join(why) or None, "left"
+        yield table
 
 
 class Screen:
@@ -130,7 +158,7 @@ class Screen:
     prints a line at each new stage, at most one every two seconds, so a log shows progress too."""
 
     def __init__(self) -> None:
-        self.console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        self.console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
         self._said = 0.0
 
@@ -154,7 +182,7 @@ class Screen:
         """Refresh the live lines, or say the stage where there is no terminal, at most every two seconds but for `long`
         ones."""
         if self.console.is_terminal:
-            self.live.update(Group(run_table(run), Text(text)) if run else Text(text))
+            self.live.update(Group(RunTable(run), Text(text)) if run else Text(text))
         elif long or time.monotonic() - self._said > 2:
             self._said = time.monotonic()
             self.console.print(text)

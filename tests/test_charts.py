@@ -18,7 +18,7 @@ from common.measure import Spread
 from common.readme import LEADS, TABLE, TRAINING, leads_markdown, markdown, render, training_markdown
 from common.references import BOUND
 from common.results import Row, Run, load, save, speedups
-from common.show import run_table
+from common.show import RunTable
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "plots").glob("*.json"))
@@ -225,9 +225,20 @@ def test_tables_say_what_rounding_changed(tmp_path):
     assert "rounded" not in off
     assert "- name2: rounding is off: too few rows." in off
     console = Console(width=200, record=True, file=StringIO())
-    console.print(run_table(ROUNDED[1]))
+    console.print(RunTable(ROUNDED[1]))
     assert "not causal" in console.export_text()
     assert load(save(tmp_path, ROUNDED[1])) == [ROUNDED[1]]
+
+
+@pytest.mark.parametrize(("width", "seen", "unseen"), [(200, ("TFLOP/s", "sustained"), "no room"),
+                                                       (80, ("p20-p80", "no room for TFLOP/s"), "peak MiB │"),
+                                                       (45, ("wall ms",), "total ┃")])
+def test_a_narrow_terminal_keeps_names_and_times(width, seen, unseen):
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(RunTable(WITH_PEERS[0]))
+    text = console.export_text()
+    assert all(word in text for word in (*seen, "name0", "100", "out of memory"))
+    assert unseen not in text
 
 
 def test_results_from_before_there_were_variants_still_load(tmp_path):

@@ -196,6 +196,7 @@ def test_calls_profiled_together_are_told_apart():
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_ceilings_are_below_the_datasheet():
     """An H200 lists 989 TFLOP/s and 4.8 TB/s; no card may measure more than its own list."""
     ceilings, clock = Ceilings(torch.bfloat16, DEVICE), WallClock(DEVICE)

@@ -32,7 +32,7 @@ from common.measure import Forward
 from common.model import Weights
 from common.results import Run, load, save
 from common.run import run_workload
-from common.show import Screen, error_exit, number, run_table
+from common.show import Screen, error_exit, number, RunTable
 from labs.kernels.rounding import plan_rounding
 
 FOLDER = Path(__file__).resolve().parents[2] / "plots" / "rounding"
@@ -133,7 +133,7 @@ def run_command(args: argparse.Namespace, screen: Screen) -> int:
     for cfg in configs:
         workload = Workload(cfg, args.tokens or max(DEFAULT_TOKENS[cfg.name]))
         run = run_workload(workload, levels, (), torch.device("cuda"), args.rounds, screen.reporter(workload))
-        screen.print(run_table(run))
+        screen.print(RunTable(run))
         save(args.out, run)
         runs.append(run)
         gc.collect()
