@@ -232,7 +232,7 @@ def test_tables_say_what_rounding_changed(tmp_path):
 
 @pytest.mark.parametrize(("width", "seen", "unseen"), [(200, ("TFLOP/s", "sustained"), "no room"),
                                                        (80, ("p20-p80", "no room for TFLOP/s"), "peak MiB │"),
-                                                       (45, ("wall ms",), "total ┃")])
+                                                       (40, ("wall ms",), "total ┃")])
 def test_a_narrow_terminal_keeps_names_and_times(width, seen, unseen):
     console = Console(width=width, record=True, file=StringIO())
     console.print(RunTable(WITH_PEERS[0]))
