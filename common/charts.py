@@ -32,6 +32,7 @@ SAME_JOB = 8  # levels above it add a capability (CONTRIBUTING.md), so their for
 LEVEL_COLORS = ("#111111", "#a0522d", "#e9a03b", "#7a7f87", "#d1495b", "#e377c2", "#4fb3bf", "#2a6fbb", "#2e933c",
                 MORE)
 ROUNDED = {"hatch": "//", "edgecolor": "white"}  # a bar of rounded routing: another function than the others
+DIAMOND = {"marker": "D", "markersize": 9, "markerfacecolor": "#f2c14e", "markeredgecolor": "#333"}
 STYLE = {
     "figure.figsize": (16, 9), "figure.dpi": 100, "font.size": 16, "axes.titlesize": 20,
     "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "charts", "svg.fonttype": "path",
@@ -272,7 +273,8 @@ def has_peers(run: Run) -> bool:
 
 def peers(runs: Sequence[Run]) -> Figure:
     """Our levels beside other libraries' layers, one panel a token count: median wall time, fastest on top, with the
-    20th to 80th percentile. The bound is a line. Bars over PEER_AXIS times the fastest are cut, and say so."""
+    20th to 80th percentile. The bound is a line. Bars over PEER_AXIS times the fastest are cut, and say so. Diamonds, and
+    a broken line for the bound, are what each takes under its own load alone."""
     chosen = [run for run in runs if has_peers(run)][:MOST_PEER_PANELS]
     across = 2 if len(chosen) == 4 else min(len(chosen), 3)
     fig, axes = plt.subplots(-(-len(chosen) // across), across, squeeze=False, layout="constrained")
@@ -298,8 +300,12 @@ def peers(runs: Sequence[Run]) -> Figure:
                     bbox={"facecolor": color, "edgecolor": "none", "pad": 1})  # over a rounded bar's hatches
             if time.p50 > end:
                 ax.text(0.98 * end, position, "\u2192", va="center", ha="right", fontsize=16, color="white")
+            if row.sustained_ms and row.sustained_ms.p50 < end:
+                ax.plot(row.sustained_ms.p50, position, **DIAMOND, gid=f"{row.name} sustained")
         if bound and bound.timed:
             ax.axvline(bound.wall_ms.p50, color=BOUND_COLOR, linewidth=2)
+            if bound.sustained_ms:
+                ax.axvline(bound.sustained_ms.p50, color=BOUND_COLOR, linewidth=2, linestyle="--")
         ax.set_xlim(0, end)
         ax.set_title(f"{run.shape['T']:,} token{'s' if run.shape['T'] > 1 else ''}")
         ax.set_xlabel("ms, as the caller sees it", fontsize=13)
@@ -307,7 +313,10 @@ def peers(runs: Sequence[Run]) -> Figure:
     words = f"bare {BOUND}: no routing, gather, activation or sum"
     handles = [Patch(color=GAIN, label="ours"), Patch(color=FIRST, label="others"),
                Line2D([], [], color=BOUND_COLOR, linewidth=2, label=words), *marks(chosen)]
-    fig.legend(handles=handles, fontsize=14, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=4, frameon=False)
+    if any(row.sustained_ms for run in chosen for row in run.rows):
+        handles.append(Line2D([], [], linestyle="none", **DIAMOND, label="sustained, each alone; bmm: broken line"))
+    fig.legend(handles=handles, fontsize=12, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=5, columnspacing=1.5,
+               frameon=False)
     return fig
 
 

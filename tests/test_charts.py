@@ -133,7 +133,12 @@ def test_peer_bars_are_the_recorded_times(path):
     for ax, run in zip(charts.peers(runs).axes, shown, strict=False):
         assert bars(ax) == {one.name: pytest.approx(one.wall_ms.p50)
                             for one in run.rows if one.timed and one.name != "cuBLAS bmm"}
-        assert ax.lines[-1].get_xdata()[0] == run.row("cuBLAS bmm").wall_ms.p50
+        bound, end = run.row(BOUND), ax.get_xlim()[1]
+        lines = [line.get_xdata()[0] for line in ax.lines if line.get_color() == charts.BOUND_COLOR]
+        assert lines == [one.p50 for one in (bound.wall_ms, bound.sustained_ms) if one]
+        alone = {line.get_gid(): line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"}
+        assert alone == {f"{one.name} sustained": one.sustained_ms.p50 for one in run.rows
+                         if one.timed and one is not bound and one.sustained_ms and one.sustained_ms.p50 < end}
     assert not charts.has_peers(RUNS[0])
 
 
