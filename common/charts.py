@@ -273,8 +273,8 @@ def has_peers(run: Run) -> bool:
 
 def peers(runs: Sequence[Run]) -> Figure:
     """Our levels beside other libraries' layers, one panel a token count: median wall time, fastest on top, with the
-    20th to 80th percentile. The bound is a line. Bars over PEER_AXIS times the fastest are cut, and say so. Diamonds, and
-    a broken line for the bound, are what each takes under its own load alone."""
+    20th to 80th percentile. The bound is a line. Bars over PEER_AXIS times the fastest are cut, and say so. Diamonds,
+    and a broken line for the bound, are what each takes under its own load alone."""
     chosen = [run for run in runs if has_peers(run)][:MOST_PEER_PANELS]
     across = 2 if len(chosen) == 4 else min(len(chosen), 3)
     fig, axes = plt.subplots(-(-len(chosen) // across), across, squeeze=False, layout="constrained")
@@ -315,8 +315,8 @@ def peers(runs: Sequence[Run]) -> Figure:
                Line2D([], [], color=BOUND_COLOR, linewidth=2, label=words), *marks(chosen)]
     if any(row.sustained_ms for run in chosen for row in run.rows):
         handles.append(Line2D([], [], linestyle="none", **DIAMOND, label="sustained, each alone; bmm: broken line"))
-    fig.legend(handles=handles, fontsize=12, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=5, columnspacing=1.5,
-               frameon=False)
+    fig.legend(handles=handles, fontsize=12, loc="upper center", bbox_to_anchor=(0.5, 0.955), ncols=5, frameon=False,
+               columnspacing=1.5)
     return fig
 
 
