@@ -257,8 +257,7 @@ def roofline(runs: Sequence[Run]) -> Figure:
             ax.axvline(100 * bound.roofline_share, color=BOUND_COLOR, ls="--", lw=3, gid="bound", zorder=1)
             words = f"two bare bmm: {100 * bound.roofline_share:.0f}%"
         ax.set_xlim(0, 1.35 * max(shares, default=100))
-        arithmetic = run.flops / run.ceilings["matmul_tflops"] > run.least_bytes / run.ceilings["copy_tbps"]
-        limit = "arithmetic" if arithmetic else "memory"
+        limit = "arithmetic" if run.is_arithmetic_bound else "memory"
         ax.set_title(f"{run.shape['T']:,} tokens, {words}\n100% is {number(run.roofline_ms)} ms ({limit})", fontsize=17)
         ax.set_xlabel("% of the roofline")
     bare = Line2D([], [], color=BOUND_COLOR, ls="--", lw=3, label="two bare cuBLAS bmm")
@@ -274,7 +273,7 @@ def has_peers(run: Run) -> bool:
 def peers(runs: Sequence[Run]) -> Figure:
     """Our levels beside other libraries' layers, one panel a token count: median wall time, fastest on top, with the
     20th to 80th percentile. The bound is a line. Bars over PEER_AXIS times the fastest are cut, and say so. Diamonds,
-    and a broken line for the bound, are what each takes under its own load alone."""
+    and a broken line for the bound, are what each takes under its own load alone; off the axis they are left out."""
     chosen = [run for run in runs if has_peers(run)][:MOST_PEER_PANELS]
     across = 2 if len(chosen) == 4 else min(len(chosen), 3)
     fig, axes = plt.subplots(-(-len(chosen) // across), across, squeeze=False, layout="constrained")

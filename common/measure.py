@@ -38,7 +38,7 @@ WORST_ROW_FACTOR = 8
 TIE_MARGIN = 1e-4
 # A GPU under load slows for some seconds, by a tenth and more, as it heats and reaches its power limit (labs/LOG.md).
 WARM_SECONDS = 3.0
-# Of a call under its own load alone, twice: its clock settles within a quarter of a second (labs/LOG.md).
+# Of a call under its own load alone: its times settle within some 0.2 seconds (labs/LOG.md).
 SUSTAINED_SECONDS = 0.6
 # Host calls that put work on the GPU; a graph replay is one, however many kernels it holds.
 LAUNCH_CALLS = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
@@ -221,23 +221,19 @@ def interleave(calls: Sequence[Callable[[], object]], rounds: int, clock: WallCl
 
 
 def sustain(calls: Sequence[Callable[[], object]], clock: WallClock,
-            seconds: float = SUSTAINED_SECONDS) -> Iterator[list[list[float]]]:
-    """Time every call under its own load alone, as a model runs a layer that takes most of its time: over and over for
-    `seconds`, of which the first half does not count. In order, then in reverse; after each call's turn yield the
-    milliseconds per call so far.
+            seconds: float = SUSTAINED_SECONDS) -> Iterator[tuple[int, list[float]]]:
+    """Time every call under its own load alone: over and over for `seconds`, of which the first half does not count.
+    In order, then in reverse; after each turn yield the call's place and the turn's milliseconds, one at the least.
 
-    In rounds all calls run at a clock that the power of them all allows, and who draws less pays for the others'. Here
-    each has the clock that it earns.
+    In rounds all calls share what power the chip has, and who draws less pays for the others. Here none does.
     """
-    samples: list[list[float]] = [[] for _ in calls]
     for place in [*range(len(calls)), *reversed(range(len(calls)))]:
-        start, counted = time.perf_counter(), 0
-        while (now := time.perf_counter() - start) < seconds or not counted:
+        start, samples = time.perf_counter(), []
+        while (begun := time.perf_counter() - start) < seconds or not samples:
             taken = clock(calls[place])
-            if now >= seconds / 2:
-                samples[place].append(taken)
-                counted += 1
-        yield samples
+            if begun >= seconds / 2:
+                samples.append(taken)
+        yield place, samples
 
 
 @dataclass(frozen=True)

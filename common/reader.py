@@ -10,8 +10,8 @@ import common.level  # noqa: F401 - says whether Triton interprets, before Trito
 import triton
 import triton.language as tl
 
-BLOCK = 4096  # float32 values of a step; four steps in flight are 64 KB, which every GPU since sm_80 has room for
-PROGRAMS_EACH = 4  # of an SM
+BLOCK = 4096  # float32 values of a step; three on their way are 48 KB
+PROGRAMS_EACH = 4  # of an SM: as many as an H200's has room for; on a smaller one they take turns
 
 
 @triton.jit

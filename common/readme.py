@@ -75,7 +75,7 @@ def bandwidth(run: Run, row: Row) -> str:
 
 def ahead(ours: Spread | None, other: Spread | None) -> str:
     """How much longer the other's median is, `5.4%`, and whether the spreads overlap; `-` if one was not measured."""
-    if not ours or not other:
+    if ours is None or other is None:
         return "-"
     apart = ours.p80 < other.p20 or other.p80 < ours.p20
     return f"{other.p50 / ours.p50 - 1:.1%}" + ("" if apart else ", within the spread")
@@ -87,8 +87,9 @@ def leads_markdown(runs: list[Run]) -> str:
     memory sets the roofline, also the rate at which the least bytes went by while the GPU was busy, and its share of
     the measured rates."""
     lines = [
-        "| layer | tokens | level | wall ms (p20 to p80) | of bmm | TB/s while busy (of a copy, of a read) | "
-        "fastest other | wall ms (p20 to p80) | ahead by | GPU-busy | sustained ms | of bmm | other | ahead by |",
+        "| layer | tokens | level | in rounds: wall ms (p20 to p80) | of bmm | TB/s while busy (of a copy, of a read) "
+        "| fastest other | its wall ms | ahead by | GPU-busy: ahead by | sustained: ms | of bmm | other's ms "
+        "| ahead by |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:

@@ -27,8 +27,8 @@ class Row:
     kind: level, reference or peer. variant: exact or rounded routing. status: one of STATUSES, with
     `reason` where it is not ok. build_s: building, compiling and the first call. samples: timed
     calls; rounds_ms: each of them, in the order of the rounds, for drifts and outliers to show in.
-    sustained_ms: of calls that followed their like for a while (measure.sustain), where arithmetic and
-    so power sets the pace.
+    sustained_ms: of calls that followed their like for a while (measure.sustain), where arithmetic sets the
+    pace; sustained_turns_ms: the median of each turn of them.
     peak_mib: memory above weights, input and output. roofline_share and bound_share: the roofline's
     and the cuBLAS bound's time over this one's. rounding: of a rounded row, tile, mode, what changed
     (see labs/kernels/rounding.py) and gpu_us, the microseconds of rounding's own kernels; its tflops
@@ -48,6 +48,7 @@ class Row:
     wall_ms: Spread | None = None
     gpu_ms: Spread | None = None
     sustained_ms: Spread | None = None
+    sustained_turns_ms: list[float] = field(default_factory=list)
     samples: int = 0
     rounds_ms: list[float] = field(default_factory=list)
     launches: int | None = None

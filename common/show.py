@@ -89,6 +89,7 @@ def title(run: Run) -> str:
     return f"{run.preset}  {shape}  {run.dtype}  {run.routing} routing"
 
 
+LOG_WIDTH = 200  # where there is no terminal: room for all columns
 # Columns that go, the first ones first, where a terminal is too narrow for all.
 DISPENSABLE = ("TFLOP/s", "build s", "syncs", "rel. error", "roofline", "peak MiB", "sustained", "launches", "bound",
                "GPU ms", "p20-p80", "step", "total")
@@ -158,7 +159,7 @@ class Screen:
     prints a line at each new stage, at most one every two seconds, so a log shows progress too."""
 
     def __init__(self) -> None:
-        self.console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+        self.console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
         self._said = 0.0
 

@@ -18,7 +18,7 @@ from common.measure import Spread
 from common.readme import LEADS, TABLE, TRAINING, leads_markdown, markdown, render, training_markdown
 from common.references import BOUND
 from common.results import Row, Run, load, save, speedups
-from common.show import RunTable
+from common.show import LOG_WIDTH, RunTable
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "plots").glob("*.json"))
@@ -246,6 +246,14 @@ def test_a_narrow_terminal_keeps_names_and_times(width, seen, unseen):
     assert unseen not in text
 
 
+def test_a_log_has_room_for_all_columns():
+    for path in (*RECORDED, *BESIDE_PEERS):
+        for run in load(path):
+            console = Console(width=LOG_WIDTH, record=True, file=StringIO())
+            console.print(RunTable(run))
+            assert "no room for" not in console.export_text(), run.preset
+
+
 def test_results_from_before_there_were_variants_still_load(tmp_path):
     path = save(tmp_path, RUNS[0])
     data = json.loads(path.read_text())
@@ -320,6 +328,8 @@ def test_the_table_of_leads_has_our_highest_exact_level_and_the_fastest_other(tm
     assert "natural routing, 5 rounds, commit abc, 2026-01-01." in found
     close = leads_markdown([replace(run, rows=[row(2, 1.9), PEER])])
     assert "| 5.3%, within the spread |" in close
+    behind = leads_markdown([replace(run, rows=[row(2, 4.0), PEER])])
+    assert "| -50.0% |" in behind
     save(tmp_path, run)
     text = "<!-- leads . -->\nstale\n<!-- end -->\n"
     assert "name2" in render(text, tmp_path)

@@ -160,15 +160,42 @@ def test_what_was_timed_stands_when_the_profiler_fails(tmp_path, monkeypatch, ca
 
 
 def test_where_arithmetic_sets_the_pace_each_is_timed_under_its_own_load_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(common_run, "sustain", lambda calls, clock: iter([[[1.0, 2.0, 9.0] for _ in calls]]))
-    _, (recorded,) = run(tmp_path, levels=[GOOD])
+    ran, called = [], []
+
+    def turns(calls, clock):
+        for place, call in enumerate(calls):
+            call()
+            called.append((place, ran[-1]))
+            yield place, [1.0, 2.0, 9.0]
+        if calls:
+            yield 0, [4.0]
+
+    levels = [fake(number, name, lambda out, name=name: ran.append(name) or out)
+              for number, name in enumerate(("one", "two"))]
+    monkeypatch.setattr(common_run, "sustain", turns)
+    _, (recorded,) = run(tmp_path, levels=levels)
     assert recorded.levels[0].sustained_ms is None
     monkeypatch.setattr(Run, "is_arithmetic_bound", True)
-    _, (recorded,) = run(tmp_path, levels=[GOOD])
-    assert recorded.levels[0].sustained_ms.p50 == 2.0
+    _, (recorded,) = run(tmp_path, levels=levels)
+    assert called[:2] == [(0, "one"), (1, "two")]
+    assert recorded.levels[0].sustained_ms.p50 == 3.0
+    assert recorded.levels[0].sustained_turns_ms == [2.0, 4.0]
+    assert recorded.levels[1].sustained_turns_ms == [2.0]
     monkeypatch.setattr(common_run, "SLOW_MS", 0.0)
     _, (recorded,) = run(tmp_path, levels=[GOOD])
-    assert recorded.levels[0].sustained_ms is None, "of a slow call it is not the chip's power that sets the pace"
+    assert recorded.levels[0].sustained_ms is None, "a turn would hold too few"
+
+
+def test_what_was_timed_stands_when_a_call_fails_under_its_own_load(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(common_run, "sustain", fail)
+    monkeypatch.setattr(Run, "is_arithmetic_bound", True)
+    status, (recorded,) = run(tmp_path, levels=[GOOD])
+    assert status == 0
+    assert recorded.levels[0].timed
+    assert "no room" in capsys.readouterr().err
 
 
 def test_runs_of_other_workloads_stay_in_the_file(tmp_path):

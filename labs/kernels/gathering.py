@@ -4,8 +4,8 @@
     while they copy    claim the next tile -> its group -> what tile it is -> its rows' tokens
 
 Each arrow is a load that needs the one before, and takes as long as a K step or two. So the look-up is spread over a
-tile's last eight steps and nothing waits for it. In one go, as TMA's producer has it, which runs ahead of what it asks
-for, it cost 1% of the layer (labs/LOG.md).
+tile's last eight steps: in place of one long wait, some short ones, each within what the ring has in stock. In one go,
+as TMA's producer has it, it cost 1% of the layer (labs/LOG.md).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 # 16 bytes a thread, 4 threads a row: with 8, a thread has twice as many rows, and an address and a predicate for each.
 _LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
-# K steps before a tile's end at which each part of the next one's look-up is asked for.
+# K steps before a tile's end at which each part of the next one's look-up is asked for; in a tile of fewer, those whose
+# step has passed one after the other, before the first.
 _CLAIM, _GROUP, _TILE, _TOKENS = gl.constexpr(8), gl.constexpr(7), gl.constexpr(5), gl.constexpr(3)
 
 
@@ -60,9 +61,10 @@ def load_tokens(token_of_row_ptr, row, used, column):
 
 @gluon.jit
 def gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, first_k, end_k, stage, phase, ring):
-    """K steps of an output tile: its rows by cp.async, zeros past the expert's end, and the weights by TMA.
+    """K steps of an output tile: its rows by cp.async, zeros past the expert's end, and the weights by TMA. Returns the
+    next stage and its phase.
 
-    source: pointers to the rows' first 64 columns.
+    source (128, 64): pointers to the rows' first 64 columns; inside (128,): whether there is such a row.
     """
     rows, weights, _told, full, empty = ring
     rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
@@ -87,6 +89,7 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
     load_more(more, row, used, column, stage, phase, ring, True), if given, fills further stages after a tile's last.
     """
     tiles_ptr, total, column_tiles, k_steps = walk
+    _rows, _weights, _told, full, _empty = ring
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _LAYOUT))
     ask_claim = gl.maximum(k_steps - _CLAIM, 0)
@@ -123,4 +126,4 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
         expert, row, _used, column, _row_tile = after
         used = next_used
     tell_end(ring, stage, phase, 4)
-    async_copy.mbarrier_arrive(ring[3].index(stage), increment_count=False)
+    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)

@@ -155,8 +155,8 @@ def begin_claim(claimed_ptr, WARPS: gl.constexpr):
 
 @gluon.jit
 def end_claim(counted):
-    """The number that begin_claim took, to all threads: one counts, a reduction tells the others, since the counter as
-    a scalar would go through shared memory."""
+    """The number that begin_claim took, to all threads. One counts, a reduction tells the others: the counter as a
+    scalar would go through shared memory, in a role of one warp without a barrier."""
     return gl.sum(counted, axis=0)
 
 
