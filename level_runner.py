@@ -107,8 +107,9 @@ def draw(paths: Sequence[Path], folder: Path, screen: Screen) -> None:
         if not path.exists():
             raise ValueError(f"--plot {path}: no such file")
         screen.print(f"drawing {path.name} ...")
-        for chart in draw_all(load(path), folder, path.stem):
-            screen.print(f"  {os.path.relpath(chart)}")
+        charts = draw_all(load(path), folder, path.stem)
+        names = dict.fromkeys(chart.stem.removeprefix(path.stem + "_") for chart in charts)
+        screen.print(f"  {os.path.relpath(folder / path.stem)}_* (png, svg): {', '.join(names)}")
 
 
 def main(argv: Sequence[str] | None = None, levels: Sequence[Loaded] | None = None) -> int:

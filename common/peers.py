@@ -6,9 +6,13 @@ is timed. A library that cannot be imported is a row that says how to get it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -45,6 +49,22 @@ class Peer:
     @property
     def adds(self) -> str:
         return f"{self.module}, in a CUDA graph" if self.graph else self.module
+
+    @property
+    def version(self) -> str:
+        """What is installed: its distribution's version, or, where it came without, the first digits of its Python
+        files' SHA-256. Empty if it cannot be imported."""
+        package = self.module.partition(".")[0]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            return ""
+        names = importlib.metadata.packages_distributions().get(package)
+        if names:
+            return importlib.metadata.version(names[0])
+        digest, folder = hashlib.sha256(), Path(spec.origin).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+        return f"files {digest.hexdigest()[:12]}"
 
     def build(self, workload: Workload, weights: Weights) -> Forward:
         """The layer. Raises NotInstalled, or Unsupported where the library lacks something."""

@@ -109,7 +109,9 @@ def leads_markdown(runs: list[Run]) -> str:
     stamps = {f"{run.environment['gpu']}, driver {run.environment['driver']}, torch {run.environment['torch']}, Triton "
               f"{run.environment['triton']}, {run.dtype}, {run.routing} routing, {run.rounds} rounds, commit "
               f"{run.environment['commit']}, {run.environment['date']}." for run in runs}
-    return "\n".join([*lines, "", *sorted(stamps)])
+    versions = {f"{row.name} {row.version}" for run in runs for row in run.rows if row.timed and row.version}
+    beside = [f"Beside {', '.join(sorted(versions))}."] if versions else []
+    return "\n".join([*lines, "", *sorted(stamps), *beside])
 
 
 def training_markdown(record: dict) -> str:

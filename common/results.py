@@ -32,7 +32,7 @@ class Row:
     peak_mib: memory above weights, input and output. roofline_share and bound_share: the roofline's
     and the cuBLAS bound's time over this one's. rounding: of a rounded row, tile, mode, what changed
     (see labs/kernels/rounding.py) and gpu_us, the microseconds of rounding's own kernels; its tflops
-    and shares count the rows that it computes, not T*K.
+    and shares count the rows that it computes, not T*K. version: of another library.
     """
 
     kind: str
@@ -59,6 +59,7 @@ class Row:
     roofline_share: float | None = None
     bound_share: float | None = None
     rounding: dict[str, object] | None = None
+    version: str = ""
 
     @property
     def timed(self) -> bool:

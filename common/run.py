@@ -116,7 +116,8 @@ def _level_subject(loaded: Loaded, variant: str, workload: Workload, weights: We
 
 
 def _reference_subject(reference: Reference | Peer, workload: Workload, weights: Weights) -> _Subject:
-    row = Row(reference.kind, None, reference.name, reference.adds, "unsupported")
+    row = Row(reference.kind, None, reference.name, reference.adds, "unsupported",
+              version=reference.version if isinstance(reference, Peer) else "")
     return _Subject(row, lambda: reference.build(workload, weights), reference.is_layer, weights,
                     tie_margin=reference.tie_margin)
 

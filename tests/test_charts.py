@@ -328,6 +328,8 @@ def test_the_table_of_leads_has_our_highest_exact_level_and_the_fastest_other(tm
     assert "natural routing, 5 rounds, commit abc, 2026-01-01." in found
     close = leads_markdown([replace(run, rows=[row(2, 1.9), PEER])])
     assert "| 5.3%, within the spread |" in close
+    assert leads_markdown([replace(run, rows=[row(2, 1.0), replace(PEER, version="4.5")])]).endswith(
+        "Beside their layer 4.5.")
     behind = leads_markdown([replace(run, rows=[row(2, 4.0), PEER])])
     assert "| -50.0% |" in behind
     save(tmp_path, run)

@@ -198,6 +198,21 @@ def test_what_was_timed_stands_when_a_call_fails_under_its_own_load(tmp_path, mo
     assert "no room" in capsys.readouterr().err
 
 
+def test_a_peer_says_which_version_it_is(tmp_path, monkeypatch):
+    def peer(module):
+        return Peer("library", module, "pip install it", lambda *_: None)
+
+    assert peer("torch.nn").version == torch.__version__
+    assert peer("no_such_library").version == ""
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "__init__.py").write_text("one = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    first = peer("loose.part").version
+    (tmp_path / "loose" / "__init__.py").write_text("one = 2")
+    assert first.startswith("files ")
+    assert peer("loose").version not in ("", first)
+
+
 def test_runs_of_other_workloads_stay_in_the_file(tmp_path):
     run(tmp_path, "--tokens", "32", levels=[GOOD])
     run(tmp_path, "--tokens", "8", levels=[GOOD])
