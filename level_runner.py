@@ -181,6 +181,8 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
     screen.print(f"results: {os.path.relpath(path)}")
     if device.type == "cuda":
         draw([path], out, screen)
+    elif args.levels or args.quick:  # some of it, looked at: half a minute of charts would be in the way
+        screen.print(f"\nNo GPU here, so no times to chart. The recorded GPU runs' are in {os.path.relpath(RECORDED)}.")
     else:
         screen.print("\nNo GPU here, so no times to chart. The charts of the recorded GPU runs:")
         draw(sorted(RECORDED.glob("*.json")), out, screen)

@@ -84,6 +84,9 @@ def test_without_a_gpu_the_recorded_charts_are_drawn(tmp_path, monkeypatch, caps
     shutil.copy(level_runner.RECORDED / f"{name}.json", recorded)
     monkeypatch.setattr(level_runner, "RECORDED", recorded)
     run(out, "--quick", levels=[GOOD])
+    assert not list(out.glob("*.png")), "a quick look is not kept waiting"
+    assert "The recorded GPU runs' are in" in capsys.readouterr().out
+    run(out, levels=[GOOD])
     assert [path.stem for path in out.glob("*_ladder.png")] == [f"{name}_ladder"]
     assert "The charts of the recorded GPU runs" in capsys.readouterr().out
 
