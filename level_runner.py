@@ -24,7 +24,7 @@ from common.peers import PEERS, Peer
 from common.references import REFERENCES
 from common.results import load, results_path, save
 from common.run import Interrupted, run_workload
-from common.show import Screen, error_exit, RunTable
+from common.show import RunTable, Screen, error_exit
 
 ROOT = Path(__file__).resolve().parent
 RECORDED = ROOT / "plots"
@@ -181,7 +181,7 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
     screen.print(f"results: {os.path.relpath(path)}")
     if device.type == "cuda":
         draw([path], out, screen)
-    elif args.levels or args.quick:  # some of it, looked at: half a minute of charts would be in the way
+    elif args.levels or args.quick:  # a quick look: half a minute of charts would be in its way
         screen.print(f"\nNo GPU here, so no times to chart. The recorded GPU runs' are in {os.path.relpath(RECORDED)}.")
     else:
         screen.print("\nNo GPU here, so no times to chart. The charts of the recorded GPU runs:")

@@ -10,7 +10,7 @@ import torch
 from common.config import DEFAULT_TOKENS, DTYPES, PRESETS, ROUTING_MODES, Workload, parse_dtype, parse_shape, preset
 from common.level import Level, Unsupported, check_device_dtype, discover
 from common.run import Interrupted, run_workload
-from common.show import Screen, error_exit, gate_line, RunTable
+from common.show import RunTable, Screen, error_exit, gate_line
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:

@@ -246,20 +246,21 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
     if run.is_arithmetic_bound:
         reporter.stage("each under its own load alone", long=True)
         try:
-            _sustain([subject for subject in ready if subject.row.wall_ms.p50 < SLOW_MS], x_TD, clock)
+            _sustain(ready, calls[:len(ready)], clock)
         except RuntimeError:  # out of memory, say: what was timed stands
             traceback.print_exc()
         reporter.update(run)
 
 
-def _sustain(ready: Sequence[_Subject], x_TD: torch.Tensor, clock: WallClock) -> None:
+def _sustain(ready: Sequence[_Subject], calls: Sequence[Callable[[], object]], clock: WallClock) -> None:
     """Fill in sustained_ms, on a chip that rounds have warmed again: the profiler's reading was a pause."""
-    calls = [lambda forward=subject.forward: forward(x_TD) for subject in ready]
+    fast = [place for place, subject in enumerate(ready) if subject.row.wall_ms.p50 < SLOW_MS]
+    rows, calls = [ready[place].row for place in fast], [calls[place] for place in fast]
     warm_up(calls, clock, seconds=1.0)
-    found: dict[int, list[float]] = {}
+    found: list[list[float]] = [[] for _ in rows]
     for place, samples in sustain(calls, clock):
-        row = ready[place].row
-        found.setdefault(place, []).extend(samples)
+        row = rows[place]
+        found[place].extend(samples)
         row.sustained_ms = Spread.of(found[place])
         row.sustained_turns_ms.append(round(Spread.of(samples).p50, 4))
 

@@ -5,7 +5,7 @@ Three parties share a ring of 4 stages, each 128 rows and 256 weight rows by 64 
     producer                                      consumers: warpgroups 0 and 1, 64 rows each
     claim a tile, look it up, tell in stage s     wait full[s], read what tile it is
     gather: 4 warps, cp.async the rows, TMA the   wait full[s]
-            weights; 128 + 1 arrivals on full[s]  wgmma 64x256x64 from stage s, one left in flight
+            weights; 129 arrivals; gathering.py   wgmma 64x256x64 from stage s, one left in flight
     rows:   1 warp, TMA both; 1 arrival           arrive empty[s - 1]: 2 arrivals
     wait empty[s] before either                   after the last step: the kernel's own `finish`
 

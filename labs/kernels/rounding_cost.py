@@ -32,7 +32,7 @@ from common.measure import Forward
 from common.model import Weights
 from common.results import Run, load, save
 from common.run import run_workload
-from common.show import Screen, error_exit, number, RunTable
+from common.show import RunTable, Screen, error_exit, number
 from labs.kernels.rounding import plan_rounding
 
 FOLDER = Path(__file__).resolve().parents[2] / "plots" / "rounding"

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.grouped_gemm import _SILU_MUL
 from labs.kernels.gathering import produce_gathered
+from labs.kernels.grouped_gemm import _SILU_MUL
 from labs.kernels.roles import (
     _ACC_EIGHTH,
     _ACC_HALF,

@@ -74,7 +74,7 @@ WIDE_STAGES = 4
 
 _M_HALF = gl.constexpr(BLOCK_M // 2)
 _ROWS = gl.constexpr(ROWS)
-# 8 threads a row: roles.py's 4 have not been tried here.
+# 8 threads a row: gathering.py's 4 have not been tried here.
 _GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 _NARROW_STAGES = gl.constexpr(NARROW_STAGES)
 _WIDE_STAGES = gl.constexpr(WIDE_STAGES)
