@@ -364,7 +364,8 @@ def test_machine_code_with_spare_warps_is_as_planned(name, dealt):
     assert found.count("HGMMA") == 2 * 2 * 4
     assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
     assert found.count("UTMALDG") > 0
-    assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == copies, "the spare warps' rows by 16-byte cp.async"
+    assert found.count(r"LDGSTS.*128") == copies, "the spare warps' rows by 16-byte cp.async"
+    assert (found.count("LDGSTS") > copies) == (kernel == "down_combine_kernel"), "rows' numbers by 4 bytes"
     assert found.count(r"STG") == found.count(r"STG\.E\.128") > 0
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
     atomics, claims = found.count(r"REDG?\.|ATOMG?\."), found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU")

@@ -7,7 +7,7 @@ What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns
        combine.py.
 Why    The combine waits for memory, the GEMM for the tensor cores: one after the other, each leaves the other's idle.
 How    64 spare threads copy a token's K rows, 512 columns of each, into a ring of their own, some tokens ahead
-       (cp.async, no registers), and add them up in float32.
+       (cp.async, no registers), and before that the rows' numbers, and add them up in float32.
 
     producer    1 warp          TMA: rows and weights of a stage, as in roles.py
     consumers   2 warpgroups    multiply a tile, store it; at a program's first tile of a later band, arrive
@@ -70,6 +70,7 @@ _BANDS = gl.constexpr(BANDS)
 _SLOTS = gl.constexpr(SLOTS)
 _COLUMNS = gl.constexpr(COLUMNS)
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+_NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 # ------------------------------------------------------------------------------------------------------ consumers
@@ -112,12 +113,6 @@ def wait_for_band(band, stored, done_ptr):
 
 
 @gluon.jit
-def choices_of(table_ptr, token, T, k, TOP_K: gl.constexpr):
-    """A token's TOP_K entries of a (T, TOP_K) table; past the last token, its entries, which then serve nothing."""
-    return gl.load(table_ptr + gl.minimum(token, T - 1) * TOP_K + k, mask=k < TOP_K, other=0)
-
-
-@gluon.jit
 def next_item(token, block, blocks, grid):
     """The next block of columns of a token, or the first of this program's next token."""
     last = block == blocks - 1
@@ -125,18 +120,40 @@ def next_item(token, block, blocks, grid):
 
 
 @gluon.jit
-def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, column_tiles, band_tiles, stored, slots,
-                  TOP_K: gl.constexpr):
+def ask(row_of_slot_ptr, scores_ptr, token, T, rows_of, scores_of, item, TOP_K: gl.constexpr):
+    """Copy the numbers of a token's rows and its scores to where `item` finds them; past the last token, the last
+    one's, which serve nothing.
+
+    Not into registers: a loop that passes on what it has loaded waits for it in the same turn.
+    """
+    PLACES: gl.constexpr = rows_of.shape[0]
+    k = gl.arange(0, rows_of.shape[1], layout=gl.BlockedLayout([1], [32], [2], [0]))
+    first = gl.minimum(token, T - 1) * TOP_K
+    async_copy.async_copy_global_to_shared(rows_of.index(item & PLACES - 1), row_of_slot_ptr + first + k, k < TOP_K)
+    async_copy.async_copy_global_to_shared(scores_of.index(item & PLACES - 1), scores_ptr + first + k, k < TOP_K)
+
+
+@gluon.jit
+def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, column_tiles, band_tiles, stored, slots,
+                  rows_of, scores_of, TOP_K: gl.constexpr):
     """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for every grid-th token and
     all bands but the last.
 
-    Rows and scores are loaded an item ahead of their use, y's rows as many as the ring holds.
+    An item is a token's block of columns. Its y is copied as many items ahead as the ring holds, and the numbers of its
+    rows as many before that.
     """
     STAGES: gl.constexpr = slots.shape[0]
     CHOICES: gl.constexpr = slots.shape[1]
+    PLACES: gl.constexpr = rows_of.shape[0]
+    AHEAD: gl.constexpr = STAGES - 1
+    PAIRS: gl.constexpr = _COLUMNS // 2
     layout: gl.constexpr = gl.BlockedLayout([CHOICES, 8], [1, 32], [1, 2], [1, 0])
+    pair_layout: gl.constexpr = gl.BlockedLayout([CHOICES, 4], [1, 32], [1, 2], [1, 0])
+    pairs = slots._reinterpret(gl.int32, [STAGES, CHOICES, PAIRS], _FLAT)
+    out_pairs_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     k = gl.arange(0, CHOICES, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, layout))
+    pair = gl.arange(0, PAIRS, layout=gl.SliceLayout(0, pair_layout))
     program = gl.program_id(0)
     grid = gl.num_programs(0)
     blocks = gl.cdiv(band_tiles * _BLOCK_N, _COLUMNS)
@@ -145,39 +162,39 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, c
         wait_for_band(band, stored, done_ptr)
         left = band * band_tiles * _BLOCK_N
         right = left + band_tiles * _BLOCK_N
-        copied = program
+        asked = program
+        asked_block = 0
+        for item in range(AHEAD):
+            ask(row_of_slot_ptr, scores_ptr, asked, T, rows_of, scores_of, item, TOP_K)
+            async_copy.commit_group()
+            asked, asked_block = next_item(asked, asked_block, blocks, grid)
         copied_block = 0
-        copied_stage = 0
         summed = program
         summed_block = 0
-        summed_stage = 0
-        rows = choices_of(row_of_slot_ptr, copied, T, k, TOP_K)
-        scores = choices_of(scores_ptr, summed, T, k, TOP_K)
-        for item in range(1 - STAGES, items):
-            after_copied, after_copied_block = next_item(copied, copied_block, blocks, grid)
-            after_rows = choices_of(row_of_slot_ptr, after_copied, T, k, TOP_K)
-            if item >= 0:
-                after_summed, after_summed_block = next_item(summed, summed_block, blocks, grid)
-                after_scores = choices_of(scores_ptr, after_summed, T, k, TOP_K)
-                async_copy.wait_group(STAGES - 2)
-                y = slots.index(summed_stage).load(layout).to(gl.float32)
-                column = left + summed_block * _COLUMNS + c
-                gl.store(out_ptr + summed.to(gl.int64) * D + column,
-                         gl.sum(y * scores[:, None], axis=0).to(gl.bfloat16), mask=column < right)
-                summed = after_summed
-                summed_block = after_summed_block
-                summed_stage = gl.where(summed_stage == STAGES - 1, 0, summed_stage + 1)
-                scores = after_scores
+        for copied in range(0, items + AHEAD):  # item copied; copied - AHEAD is summed, copied + AHEAD asked for
+            async_copy.wait_group(AHEAD - 1)
+            rows = rows_of.index(copied & PLACES - 1).load(gl.SliceLayout(1, layout))
+            if copied >= AHEAD:
+                item = copied - AHEAD
+                scores = scores_of.index(item & PLACES - 1).load(gl.SliceLayout(1, pair_layout))
+                y = pairs.index(item & STAGES - 1).load(pair_layout)
+                even = gl.sum((y << 16).to(gl.float32, bitcast=True) * scores[:, None], axis=0)
+                odd = gl.sum((y & -65536).to(gl.float32, bitcast=True) * scores[:, None], axis=0)
+                rounded = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [odd, even],
+                                                    dtype=gl.int32, is_pure=True, pack=1)
+                at = left // 2 + summed_block * PAIRS + pair
+                gl.store(out_pairs_ptr + summed.to(gl.int64) * (D8 * 4) + at, rounded, mask=at < right // 2)
+                summed, summed_block = next_item(summed, summed_block, blocks, grid)
             column = left + copied_block * _COLUMNS + c
-            inside = (column < right) & (copied < T)
+            inside = (column < right) & (copied < items)
+            start = rows.to(gl.uint32, bitcast=True).to(gl.uint64) * (D8 * 8).to(gl.uint32, bitcast=True).to(gl.uint64)
             async_copy.async_copy_global_to_shared(
-                slots.index(copied_stage), y_ptr + (rows.to(gl.int64) * D)[:, None] + column[None, :],
+                slots.index(copied & STAGES - 1), y_ptr + start[:, None] + column[None, :],
                 (k < TOP_K)[:, None] & inside[None, :])
+            ask(row_of_slot_ptr, scores_ptr, asked, T, rows_of, scores_of, copied + AHEAD, TOP_K)
             async_copy.commit_group()
-            copied = after_copied
-            copied_block = after_copied_block
-            copied_stage = gl.where(copied_stage == STAGES - 1, 0, copied_stage + 1)
-            rows = after_rows
+            asked, asked_block = next_item(asked, asked_block, blocks, grid)
+            copied_block = gl.where(copied_block == blocks - 1, 0, copied_block + 1)
         async_copy.wait_group(0)
 
 
@@ -211,13 +228,15 @@ def down_combine_kernel(
     ring = open_ring(1)
     stored = open_barriers(_BANDS, _WARPGROUPS)
     slots = gl.allocate_shared_memory(gl.bfloat16, [_SLOTS // CHOICES, CHOICES, _COLUMNS], _FLAT)
+    rows_of = gl.allocate_shared_memory(gl.int32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
+    scores_of = gl.allocate_shared_memory(gl.float32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
     gl.warp_specialize([
         (consume, (y_ptr, D, walk[3], ring, stored, finish, 0)),
         (consume, (y_ptr, D, walk[3], ring, stored, finish, 1)),
-        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D, walk[2], band_tiles, stored,
-                         slots, TOP_K)),
+        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk[2], band_tiles, stored,
+                         slots, rows_of, scores_of, TOP_K)),
         (produce_rows, (hidden_desc, down_desc, walk, band_tiles, claimed_ptr, D, ring)),
     ], [4, 2, 1], [208, 88, 88])
 
