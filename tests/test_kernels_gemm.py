@@ -116,7 +116,8 @@ def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
                          "claimed_ptr": plan.claimed_down, "row_of_slot_ptr": slots, "scores_ptr": scores,
                          "out_ptr": out}.items():
         assert given[name] is tensor, name
-    assert (given["D8"], given["F8"], given["T"], given["band_tiles"]) == (161, 32, 16, 2)
+    assert (given["D8"], given["F8"], given["T"]) == (161, 32, 16)
+    assert (given["second"], given["third"], given["fourth"]) == down_combine.edges_for(1288) == (4, 6, 6)
     assert (given["TOP_K"], given["CHOICES"], given["launch_cooperative_grid"]) == (8, 8, True)
     assert all(one is other for one, other in zip(combined, (given["y_ptr"], slots, scores, out), strict=False))
     assert combined[4] == 1024, "the last band is combine's"
@@ -300,7 +301,7 @@ AHEAD = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "rows_desc": describe(64)
          "ready_ptr": "*i32", "begun_ptr": "*i32", **CLAIMED, "gate_up_desc": DEALT["gate_up_desc"],
          "hidden_ptr": "*bf16", **TABLE}
 COMBINE = {**CLAIMED, **DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
-           "T": "i32", "band_tiles": "i32"}
+           "T": "i32", "second": "i32", "third": "i32", "fourth": "i32"}
 CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
 
+import itertools
 import random
 
 import pytest
@@ -74,18 +75,26 @@ def test_every_output_tile_is_found_once(counts, column_tiles):
 @pytest.mark.parametrize(("row_tiles", "D"), [(5, 2048), (1, 7168), (40, 1288), (3, 8192), (0, 2048), (17, 8)])
 def test_bands_cover_every_output_tile_in_turn(row_tiles, D):
     """What find_band_tile does, in Python."""
-    column_tiles, band_tiles = -(-D // 256), down_combine.band_tiles_for(D)
-    assert -(-column_tiles // band_tiles) <= tiles.BANDS
+    column_tiles, edges = -(-D // 256), (0, *down_combine.edges_for(D))
+    assert len(edges) == tiles.BANDS == 4, "as many as edge_of and find_band_tile know"
     found, bands = [], []
     for tile in range(row_tiles * column_tiles):
-        band = tile // (row_tiles * band_tiles)
-        width = min(column_tiles - band * band_tiles, band_tiles)
-        column, row = divmod(tile - band * band_tiles * row_tiles, row_tiles)  # as one group of all row tiles
+        band = max(band for band in range(4) if edges[band] <= tile // row_tiles)
+        width = (*edges, column_tiles)[band + 1] - edges[band]
+        column, row = divmod(tile - edges[band] * row_tiles, row_tiles)  # as one group of all row tiles
         assert column < width
-        found.append((row, band * band_tiles + column))
+        found.append((row, edges[band] + column))
         bands.append(band)
     assert sorted(found) == [(row, column) for row in range(row_tiles) for column in range(column_tiles)]
     assert bands == sorted(bands), "a program that claims tiles in their order leaves a band for good"
+
+
+@pytest.mark.parametrize(("D", "widths"), [(8, [1]), (512, [2]), (1288, [4, 2]), (2048, [4, 2, 2]), (2816, [6, 4, 1]),
+                                           (4096, [8, 4, 2, 2]), (7168, [14, 8, 4, 2])])
+def test_each_band_takes_half_of_the_columns_left(D, widths):
+    edges = [0, *down_combine.edges_for(D), -(-D // 256)]
+    assert [b - a for a, b in itertools.pairwise(edges) if b > a] == widths
+    assert edges == sorted(edges)
 
 
 def test_plan_starts_its_counters_at_zero():

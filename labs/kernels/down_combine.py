@@ -2,9 +2,9 @@
 
     hidden (R, F) --> [down] --> y (R, D) --gather-and-sum--> out (T, D)
 
-What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns, all experts of a band before the next
-       one, and combine.py's sum of a band's columns while the next band is multiplied. The last band's sum is left to
-       combine.py.
+What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns, each half as wide as the one before,
+       all experts of a band before the next one, and combine.py's sum of a band's columns while the next band is
+       multiplied. The last band's sum is left to combine.py.
 Why    The combine waits for memory, the GEMM for the tensor cores: one after the other, each leaves the other's idle.
 How    64 spare threads copy a token's K rows, 512 columns of each, into a ring of their own, some tokens ahead
        (cp.async, no registers), and before that the rows' numbers, and add them up in float32.
@@ -35,9 +35,11 @@ import torch
 from labs.kernels.combine import combine
 from labs.kernels.grouped_gemm import down_operands, store_y, store_y_dealt
 from labs.kernels.roles import (
+    BLOCK_N,
     LAUNCH,
     _BLOCK_N,
     _WARPGROUPS,
+    edge_of,
     listen,
     multiply_share,
     open_barriers,
@@ -134,7 +136,7 @@ def ask(row_of_slot_ptr, scores_ptr, token, T, rows_of, scores_of, item, TOP_K: 
 
 
 @gluon.jit
-def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, column_tiles, band_tiles, stored, slots,
+def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, column_tiles, edges, stored, slots,
                   rows_of, scores_of, TOP_K: gl.constexpr):
     """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for every grid-th token and
     all bands but the last.
@@ -156,12 +158,15 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
     pair = gl.arange(0, PAIRS, layout=gl.SliceLayout(0, pair_layout))
     program = gl.program_id(0)
     grid = gl.num_programs(0)
-    blocks = gl.cdiv(band_tiles * _BLOCK_N, _COLUMNS)
-    items = gl.cdiv(gl.maximum(T - program, 0), grid) * blocks
-    for band in range(0, gl.cdiv(column_tiles, band_tiles) - 1):
+    second, third, fourth = edges
+    later_bands = ((second < column_tiles).to(gl.int32) + (third < column_tiles).to(gl.int32)
+                   + (fourth < column_tiles).to(gl.int32))
+    for band in range(0, later_bands):
         wait_for_band(band, stored, done_ptr)
-        left = band * band_tiles * _BLOCK_N
-        right = left + band_tiles * _BLOCK_N
+        left = edge_of(edges, band) * _BLOCK_N
+        right = edge_of(edges, band + 1) * _BLOCK_N
+        blocks = gl.cdiv(right - left, _COLUMNS)
+        items = gl.cdiv(gl.maximum(T - program, 0), grid) * blocks
         asked = program
         asked_block = 0
         for item in range(AHEAD):
@@ -199,7 +204,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
 
 
 # -------------------------------------------------------------------------------------------------------- kernel
-@gluon.jit(do_not_specialize=["T", "D8", "F8", "band_tiles"])
+@gluon.jit(do_not_specialize=["T", "D8", "F8", "second", "third", "fourth"])
 def down_combine_kernel(
     claimed_ptr,  # (1,) int32, zero
     hidden_desc,  # (R, F) bf16
@@ -214,12 +219,14 @@ def down_combine_kernel(
     out_ptr,  # (T, D) bf16
     done_ptr,  # (BANDS,) int32, zeros
     T,
-    band_tiles,
+    second,
+    third,
+    fourth,
     TOP_K: gl.constexpr,
     CHOICES: gl.constexpr,
 ):
-    """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8, band_tiles the
-    column tiles of a band, CHOICES the power of 2 from TOP_K on.
+    """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8; second, third
+    and fourth the first column tiles of these bands (edge_of in roles.py); CHOICES the power of 2 from TOP_K on.
 
     Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 256 columns, and every grid-th
     token.
@@ -232,12 +239,13 @@ def down_combine_kernel(
     scores_of = gl.allocate_shared_memory(gl.float32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
+    edges = second, third, fourth
     gl.warp_specialize([
         (consume, (y_ptr, D, walk[3], ring, stored, finish, 0)),
         (consume, (y_ptr, D, walk[3], ring, stored, finish, 1)),
-        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk[2], band_tiles, stored,
+        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk[2], edges, stored,
                          slots, rows_of, scores_of, TOP_K)),
-        (produce_rows, (hidden_desc, down_desc, walk, band_tiles, claimed_ptr, D, ring)),
+        (produce_rows, (hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring)),
     ], [4, 2, 1], [208, 88, 88])
 
 
@@ -247,10 +255,17 @@ def pays(R: int, E: int, K: int) -> bool:
     return K <= MOST_CHOICES and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
 
 
-def band_tiles_for(D: int) -> int:
-    """Column tiles of a band: an even number, so that the combiner's blocks fill a band, and at most BANDS bands."""
-    tiles = triton.cdiv(D, 256)
-    return triton.cdiv(tiles, 2 * BANDS) * 2
+def edges_for(D: int) -> tuple[int, int, int]:
+    """The first column tiles of bands 2 to 4; where there is none, the end of the last.
+
+    Each band takes half of the columns that are left, in whole blocks of the combiner's. So bands are few, as hidden is
+    read once for each; a band's sum is done before the next band is; and the last, whose sum nothing hides, is narrow.
+    """
+    tiles, edges = triton.cdiv(D, BLOCK_N), [0]
+    for _ in range(BANDS - 1):
+        left = tiles - edges[-1]
+        edges.append(edges[-1] + min(left, triton.cdiv(left, 4) * 2))
+    return tuple(edges[1:])
 
 
 def down_combine(
@@ -274,9 +289,9 @@ def down_combine(
         return out_TD
     operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
     plan.count_once("down")
-    band_tiles = band_tiles_for(D)
+    edges = edges_for(D)
     down_combine_kernel[(programs,)](
-        plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, band_tiles, TOP_K=K,
+        plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, TOP_K=K,
         CHOICES=triton.next_power_of_2(K), launch_cooperative_grid=True, **LAUNCH)
-    last_band = (triton.cdiv(D, band_tiles * 256) - 1) * band_tiles * 256
-    return combine(y_RD, row_of_slot_TK, scores_TK, out_TD, last_band)
+    last = max((edge for edge in edges if edge * BLOCK_N < D), default=0)
+    return combine(y_RD, row_of_slot_TK, scores_TK, out_TD, last * BLOCK_N)

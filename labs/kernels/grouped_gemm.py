@@ -30,6 +30,7 @@ from labs.kernels.roles import (
     consume,
     describe,
     describe_weights,
+    one_band,
     open_ring,
     produce_rows,
     store_rows,
@@ -145,7 +146,7 @@ def up_rows_kernel(
     gl.warp_specialize([
         (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, False)),
         (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, False)),
-        (produce_rows, (rows_desc, gate_up_desc, walk, walk[2], claimed_ptr, F8 * 16, ring)),
+        (produce_rows, (rows_desc, gate_up_desc, walk, one_band(walk), claimed_ptr, F8 * 16, ring)),
     ], [4, 1], [240, 24])
 
 
@@ -170,7 +171,7 @@ def down_kernel(
     gl.warp_specialize([
         (consume, (y_ptr, D8, walk[3], ring, finish, 0, False)),
         (consume, (y_ptr, D8, walk[3], ring, finish, 1, False)),
-        (produce_rows, (hidden_desc, down_desc, walk, walk[2], claimed_ptr, D8 * 8, ring)),
+        (produce_rows, (hidden_desc, down_desc, walk, one_band(walk), claimed_ptr, D8 * 8, ring)),
     ], [4, 1], [240, 24])
 
 
@@ -195,7 +196,7 @@ def straight_kernel(
     gl.warp_specialize([
         (consume, (out_ptr, N8, walk[3], ring, finish, 0, False)),
         (consume, (out_ptr, N8, walk[3], ring, finish, 1, False)),
-        (produce_rows, (rows_desc, weights_desc, walk, walk[2], claimed_ptr, K8 * 8, ring)),
+        (produce_rows, (rows_desc, weights_desc, walk, one_band(walk), claimed_ptr, K8 * 8, ring)),
     ], [4, 1], [240, 24])
 
 

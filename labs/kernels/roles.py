@@ -131,15 +131,30 @@ def walk_tiles(tiles_ptr, tile_count_ptr, N, K):
 
 
 @gluon.jit
-def find_band_tile(walk, band_tiles, tile):
-    """find_tile_ahead, through bands of band_tiles column tiles in turn; the band in place of the row tile."""
+def edge_of(edges, band):
+    """The first column tile of a band, 0 to 3. edges: of bands 1, 2 and 3; where there is none, the end of the last."""
+    second, third, fourth = edges
+    return gl.where(band == 0, 0, gl.where(band == 1, second, gl.where(band == 2, third, fourth)))
+
+
+@gluon.jit
+def one_band(walk):
+    """The edges of all columns as one band."""
+    return walk[2], walk[2], walk[2]
+
+
+@gluon.jit
+def find_band_tile(walk, edges, tile):
+    """find_tile_ahead, through bands of columns in turn; the band in place of the row tile."""
     tiles_ptr, total, column_tiles, _ = walk
-    band_size = gl.maximum(total // column_tiles * band_tiles, 1)
+    second, third, fourth = edges
+    row_tiles = gl.maximum(total // column_tiles, 1)
     inside = gl.maximum(gl.minimum(tile, total - 1), 0)
-    band = inside // band_size
-    first_column = band * band_tiles
-    width = gl.minimum(column_tiles - first_column, band_tiles)
-    expert, row, used, column, _ = find_tile(tiles_ptr, inside - band * band_size, width)
+    place = inside // row_tiles  # of a band's columns, each of which all row tiles pass
+    band = (place >= second).to(gl.int32) + (place >= third).to(gl.int32) + (place >= fourth).to(gl.int32)
+    first_column = edge_of(edges, band)
+    end = gl.where(band == 3, column_tiles, edge_of(edges, band + 1))
+    expert, row, used, column, _ = find_tile(tiles_ptr, inside - first_column * row_tiles, end - first_column)
     return expert, row, gl.where(tile < total, used, 0), first_column + column, band
 
 
@@ -288,9 +303,9 @@ def tell_end(ring, stage, phase, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_rows, ring,
+def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows, ring,
                  load_more: gl.constexpr = None, more=None):
-    """One warp fills the ring by TMA, band by band. weight_rows: of an expert.
+    """One warp fills the ring by TMA, band by band (edge_of). weight_rows: of an expert.
 
     load_more(more, row, used, column, stage, phase, ring, False), if given, fills further stages after a tile's last.
     """
@@ -298,12 +313,12 @@ def produce_rows(rows_desc, weights_desc, walk, band_tiles, claimed_ptr, weight_
     early = gl.maximum(k_steps - _LEAD, 0)
     stage = 0
     phase = 0
-    expert, row, used, column, band = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
+    expert, row, used, column, band = find_band_tile(walk, edges, claim(claimed_ptr, 1))
     while used > 0:
         tell(ring, stage, phase, row, used, column, band, 1)
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 0, early, stage,
                                   phase, ring)
-        after = find_band_tile(walk, band_tiles, claim(claimed_ptr, 1))
+        after = find_band_tile(walk, edges, claim(claimed_ptr, 1))
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, early, k_steps,
                                   stage, phase, ring)
         if load_more is not None:

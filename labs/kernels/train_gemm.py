@@ -40,6 +40,7 @@ from labs.kernels.roles import (
     describe,
     halves,
     next_stage,
+    one_band,
     open_ring,
     produce_rows,
     store_rows,
@@ -96,7 +97,7 @@ def specialize(rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weig
         gl.warp_specialize([
             (consume, (out, F8, walk[3], ring, finish, 0, False, MORE_STAGES)),
             (consume, (out, F8, walk[3], ring, finish, 1, False, MORE_STAGES)),
-            (produce_rows, (rows, weights_desc, walk, walk[2], claimed_ptr, weight_rows, ring, load_more, more)),
+            (produce_rows, (rows, weights_desc, walk, one_band(walk), claimed_ptr, weight_rows, ring, load_more, more)),
         ], [4, 1], [232, 24])
 
 
