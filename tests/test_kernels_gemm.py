@@ -339,8 +339,8 @@ def test_machine_code_is_as_planned(code, kernel):
     assert found.stack_bytes == 0
     assert found.count(r"LDL|STL") == 0, "no spills"
     atomics = found.count(r"REDG?\.|ATOMG?\.")
-    claims = 0 if kernel.startswith("tall") else 4
-    assert atomics == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == claims, "two claims, each with a way for all lanes"
+    claims = 0 if kernel.startswith("tall") else 2
+    assert atomics == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == claims, "the first claim and the next ones"
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     stage = (warpgroups * 64 + 256) * 64 * 2
     assert 4 * stage < found.shared_bytes <= min(4 * stage + 1024, 227 * 1024)
@@ -370,7 +370,7 @@ def test_machine_code_with_spare_warps_is_as_planned(name, dealt):
     assert found.count(r"STG") == found.count(r"STG\.E\.128") > 0
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
     atomics, claims = found.count(r"REDG?\.|ATOMG?\."), found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU")
-    assert claims == 4, "two claims, each with a way for all lanes"
+    assert claims == 2, "the first claim and the next ones"
     assert atomics - claims == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
     assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
     assert found.count(r"MEMBAR\.ALL\.GPU") == 1, "released"
@@ -407,7 +407,7 @@ def test_machine_code_of_training_is_as_planned(kernel, gathered):
         assert found.count(r"LDSM") == 2 * 4, "H from shared memory, by each warpgroup"
         assert found.count(r"STG\.E\.128") == 2 * 6, "one part's: the epilogue is a loop"
     assert found.stack_bytes <= 40, "a few values spilled, in the epilogue and at a tile's beginning"
-    assert found.count(r"REDG?\.|ATOMG?\.") == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == 4, "claims, no sums"
+    assert found.count(r"REDG?\.|ATOMG?\.") == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == 2, "claims, no sums"
     assert found.registers == 168
 
 

@@ -4,8 +4,7 @@
     while they copy    claim the next tile -> its group -> what tile it is -> its rows' tokens
 
 Each arrow is a load that needs the one before, and takes as long as a K step or two. So the look-up is spread over a
-tile's last eight steps: in place of one long wait, some short ones, each within what the ring has in stock. In one go,
-as TMA's producer has it, it cost 1% of the layer (labs/LOG.md).
+tile's last eight steps (look_up_at in roles.py), and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from labs.kernels.roles import (
     _SWIZZLED,
     _TILE_ROWS,
     _WEIGHT_BYTES,
-    begin_claim,
+    ask_claim,
+    ask_entry,
     claim,
-    end_claim,
-    find_group,
-    find_in_group,
+    claimed_tile,
+    field,
     find_tile_ahead,
     load_weights,
+    look_up_at,
     next_stage,
     tell,
     tell_end,
@@ -38,9 +38,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 # 16 bytes a thread, 4 threads a row: with 8, a thread has twice as many rows, and an address and a predicate for each.
 _LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
-# K steps before a tile's end at which each part of the next one's look-up is asked for; in a tile of fewer, those whose
-# step has passed one after the other, before the first.
-_CLAIM, _GROUP, _TILE, _TOKENS = gl.constexpr(8), gl.constexpr(7), gl.constexpr(5), gl.constexpr(3)
 
 
 @gluon.jit
@@ -92,10 +89,7 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
     _rows, _weights, _told, full, _empty = ring
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     c = gl.arange(0, _BLOCK_K, layout=gl.SliceLayout(0, _LAYOUT))
-    ask_claim = gl.maximum(k_steps - _CLAIM, 0)
-    ask_group = gl.maximum(k_steps - _GROUP, 0)
-    ask_tile = gl.maximum(k_steps - _TILE, 0)
-    ask_tokens = gl.maximum(k_steps - _TOKENS, 0)
+    claim_at, group_at, tile_at, tokens_at = look_up_at(k_steps)
     stage = 0
     phase = 0
     expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
@@ -104,26 +98,31 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
         tell(ring, stage, phase, row, used, column, 0, 4)
         inside = rows_in_use(used, column)[1]
         source = x_ptr + (token.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
-        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, 0, ask_claim,
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, 0, claim_at, stage,
+                                    phase, ring)
+        asked = ask_claim(claimed_ptr, 4)
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, claim_at, group_at,
                                     stage, phase, ring)
-        counted = begin_claim(claimed_ptr, 4)
-        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, ask_claim, ask_group,
-                                    stage, phase, ring)
-        claimed = end_claim(counted)
+        claimed = claimed_tile(asked)
         tile = gl.maximum(gl.minimum(claimed, total - 1), 0)
-        first, size = find_group(tiles_ptr, tile, column_tiles)
-        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, ask_group, ask_tile,
+        group = ask_entry(tiles_ptr, tile // column_tiles, 4)
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, group_at, tile_at,
                                     stage, phase, ring)
-        after = find_in_group(tiles_ptr, tile, column_tiles, first, size)
-        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, ask_tile, ask_tokens,
+        local = tile - field(group, 3) * column_tiles
+        entry = ask_entry(tiles_ptr, field(group, 3) + local % field(group, 4), 4)
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, tile_at, tokens_at,
                                     stage, phase, ring)
-        next_used = gl.where(claimed < total, after[2], 0)
-        token = load_tokens(token_of_row_ptr, after[1], next_used, after[3])
-        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, ask_tokens, k_steps,
+        next_row = field(entry, 1)
+        next_used = gl.where(claimed < total, field(entry, 2), 0)
+        next_column = local // field(group, 4)
+        token = load_tokens(token_of_row_ptr, next_row, next_used, next_column)
+        stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, tokens_at, k_steps,
                                     stage, phase, ring)
         if load_more is not None:
             stage, phase = load_more(more, row, used, column, stage, phase, ring, True)
-        expert, row, _used, column, _row_tile = after
+        expert = field(entry, 0)
+        row = next_row
         used = next_used
+        column = next_column
     tell_end(ring, stage, phase, 4)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)

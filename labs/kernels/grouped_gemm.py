@@ -197,7 +197,7 @@ def straight_kernel(
         (consume, (out_ptr, N8, walk[3], ring, finish, 0, False)),
         (consume, (out_ptr, N8, walk[3], ring, finish, 1, False)),
         (produce_rows, (rows_desc, weights_desc, walk, one_band(walk), claimed_ptr, K8 * 8, ring)),
-    ], [4, 1], [240, 24])
+    ], [4, 1], [232, 32])
 
 
 # ----------------------------------------------------------------------------------------------------- launchers

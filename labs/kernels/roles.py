@@ -93,26 +93,15 @@ _SWAPPED_256, _WIDE_256 = _store_layouts(256)
 
 # ------------------------------------------------------------------------------------------- which tile is next
 @gluon.jit
-def find_group(tiles_ptr, tile, column_tiles):
-    """Output tile -> (first row tile, row tiles) of its group."""
-    entry = tiles_ptr + tile // column_tiles * _FIELDS
-    return gl.load(entry + 3), gl.load(entry + 4)
-
-
-@gluon.jit
-def find_in_group(tiles_ptr, tile, column_tiles, first, size):
-    """What find_tile finds, the tile's group being known."""
-    local = tile - first * column_tiles
-    row_tile = first + local % size
-    entry = tiles_ptr + row_tile * _FIELDS
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), local // size, row_tile
-
-
-@gluon.jit
 def find_tile(tiles_ptr, tile, column_tiles):
     """Output tile -> (expert, first row, rows in use, column tile, row tile). Row tiles run fastest within a group."""
-    first, size = find_group(tiles_ptr, tile, column_tiles)
-    return find_in_group(tiles_ptr, tile, column_tiles, first, size)
+    entry = tiles_ptr + tile // column_tiles * _FIELDS
+    group_first = gl.load(entry + 3)
+    group_size = gl.load(entry + 4)
+    local = tile - group_first * column_tiles
+    row_tile = group_first + local % group_size
+    entry = tiles_ptr + row_tile * _FIELDS
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), local // group_size, row_tile
 
 
 @gluon.jit
@@ -144,9 +133,10 @@ def one_band(walk):
 
 
 @gluon.jit
-def find_band_tile(walk, edges, tile):
-    """find_tile_ahead, through bands of columns in turn; the band in place of the row tile."""
-    tiles_ptr, total, column_tiles, _ = walk
+def find_band(walk, edges, tile):
+    """An output tile's band -> (its number in the band, the band's column tiles, the first of them, band). edges: as
+    edge_of has them."""
+    _tiles_ptr, total, column_tiles, _ = walk
     second, third, fourth = edges
     row_tiles = gl.maximum(total // column_tiles, 1)
     inside = gl.maximum(gl.minimum(tile, total - 1), 0)
@@ -154,31 +144,53 @@ def find_band_tile(walk, edges, tile):
     band = (place >= second).to(gl.int32) + (place >= third).to(gl.int32) + (place >= fourth).to(gl.int32)
     first_column = edge_of(edges, band)
     end = gl.where(band == 3, column_tiles, edge_of(edges, band + 1))
-    expert, row, used, column, _ = find_tile(tiles_ptr, inside - first_column * row_tiles, end - first_column)
-    return expert, row, gl.where(tile < total, used, 0), first_column + column, band
+    return inside - first_column * row_tiles, end - first_column, first_column, band
 
 
+# A look-up in parts: what a part asks for stays in lanes until it is taken out. A scalar would go to a uniform register
+# at once, and the role would wait for it there.
 @gluon.jit
-def begin_claim(claimed_ptr, WARPS: gl.constexpr):
-    """Take the next output tile that no program has: its number in one thread of a role of WARPS warps, 0 in others."""
+def ask_claim(claimed_ptr, WARPS: gl.constexpr):
+    """Take the next output tile that no program has. Its number is in one lane of a role of WARPS warps."""
     thread = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     first = thread == 0
-    counted = gl.atomic_add(claimed_ptr + gl.zeros_like(thread), first.to(gl.int32), mask=first, sem="relaxed",
-                            scope="gpu")
-    return gl.where(first, counted, 0)
+    return gl.atomic_add(claimed_ptr + thread, first.to(gl.int32), mask=first, sem="relaxed", scope="gpu")
 
 
 @gluon.jit
-def end_claim(counted):
-    """The number that begin_claim took, to all threads. One counts, a reduction tells the others: the counter as a
-    scalar would go through shared memory, in a role of one warp without a barrier."""
-    return gl.sum(counted, axis=0)
+def claimed_tile(asked):
+    """The number that ask_claim took, to all threads: as a scalar of one lane it would go through shared memory, with
+    no barrier in a role of one warp."""
+    thread = gl.arange(0, asked.shape[0], layout=asked.type.layout)
+    return gl.sum(gl.where(thread == 0, asked, 0), axis=0)
+
+
+@gluon.jit
+def ask_entry(tiles_ptr, row_tile, WARPS: gl.constexpr):
+    """A row tile's entry in the table, a field a lane."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    return gl.load(tiles_ptr + row_tile * _FIELDS + lane, mask=lane < _FIELDS, other=0)
+
+
+@gluon.jit
+def field(entry, i: gl.constexpr):
+    """Field i of what ask_entry asked for, to all threads."""
+    lane = gl.arange(0, 32, layout=entry.type.layout)
+    return gl.sum(gl.where(lane == i, entry, 0), axis=0)
 
 
 @gluon.jit
 def claim(claimed_ptr, WARPS: gl.constexpr):
     """The number of the next output tile that no program has; for all threads of a role of WARPS warps."""
-    return end_claim(begin_claim(claimed_ptr, WARPS))
+    return claimed_tile(ask_claim(claimed_ptr, WARPS))
+
+
+@gluon.jit
+def look_up_at(k_steps):
+    """K steps of a tile after which the next one is claimed, its group, its entry and its rows' tokens are asked for:
+    each when the one before should be there. In a tile of fewer steps, all before its first."""
+    return (gl.maximum(k_steps - _LEAD, 0), gl.maximum(k_steps - _LEAD + 1, 0), gl.maximum(k_steps - _LEAD + 3, 0),
+            gl.maximum(k_steps - _LEAD + 5, 0))
 
 
 @gluon.jit
@@ -309,21 +321,37 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
 
     load_more(more, row, used, column, stage, phase, ring, False), if given, fills further stages after a tile's last.
     """
-    k_steps = walk[3]
-    early = gl.maximum(k_steps - _LEAD, 0)
+    tiles_ptr, total, _, k_steps = walk
+    claim_at, group_at, tile_at, _ = look_up_at(k_steps)
     stage = 0
     phase = 0
-    expert, row, used, column, band = find_band_tile(walk, edges, claim(claimed_ptr, 1))
+    claimed = claim(claimed_ptr, 1)
+    tile, width, first_column, band = find_band(walk, edges, claimed)
+    expert, row, used, column, _ = find_tile(tiles_ptr, tile, width)
+    used = gl.where(claimed < total, used, 0)
+    column += first_column
     while used > 0:
         tell(ring, stage, phase, row, used, column, band, 1)
-        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 0, early, stage,
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 0, claim_at, stage,
                                   phase, ring)
-        after = find_band_tile(walk, edges, claim(claimed_ptr, 1))
-        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, early, k_steps,
+        asked = ask_claim(claimed_ptr, 1)
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, claim_at, group_at,
+                                  stage, phase, ring)
+        claimed = claimed_tile(asked)
+        tile, width, first_column, band = find_band(walk, edges, claimed)
+        group = ask_entry(tiles_ptr, tile // width, 1)
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, group_at, tile_at,
+                                  stage, phase, ring)
+        local = tile - field(group, 3) * width
+        entry = ask_entry(tiles_ptr, field(group, 3) + local % field(group, 4), 1)
+        stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, tile_at, k_steps,
                                   stage, phase, ring)
         if load_more is not None:
             stage, phase = load_more(more, row, used, column, stage, phase, ring, False)
-        expert, row, used, column, band = after
+        expert = field(entry, 0)
+        row = field(entry, 1)
+        used = gl.where(claimed < total, field(entry, 2), 0)
+        column = first_column + local // field(group, 4)
     tell_end(ring, stage, phase, 1)
 
 
