@@ -492,6 +492,9 @@ def check_combined(case: Case) -> None:
         # What the next allocations find is NaN, not the answers of the run before.
         torch.full((token_of_row_R.numel() + case.T, cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
         outs.append(down_combine.down_combine(hidden_RF, weights.down_EDF, plan, row_of_slot_TK, scores_TK, programs))
+        for claimed, columns in ((plan.claimed_up, 2 * cfg.F), (plan.claimed_down, cfg.D)):
+            tiles_of_all = int(plan.tile_count) * -(-columns // roles.BLOCK_N)
+            assert int(claimed) == tiles_of_all + programs, "each tile claimed once, and one past the last a program"
     result = gate(outs[0], expected, workload)
     assert result.ok, result.reason
     assert all(torch.equal(outs[0], out) for out in outs), "two runs differ"

@@ -74,9 +74,9 @@ def test_every_output_tile_is_found_once(counts, column_tiles):
 
 @pytest.mark.parametrize(("row_tiles", "D"), [(5, 2048), (1, 7168), (40, 1288), (3, 8192), (0, 2048), (17, 8)])
 def test_bands_cover_every_output_tile_in_turn(row_tiles, D):
-    """What find_band_tile does, in Python."""
+    """What find_band does, in Python."""
     column_tiles, edges = -(-D // 256), (0, *down_combine.edges_for(D))
-    assert len(edges) == tiles.BANDS == 4, "as many as edge_of and find_band_tile know"
+    assert len(edges) == tiles.BANDS == 4, "as many as edge_of and find_band know"
     found, bands = [], []
     for tile in range(row_tiles * column_tiles):
         band = max(band for band in range(4) if edges[band] <= tile // row_tiles)

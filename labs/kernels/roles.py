@@ -316,10 +316,11 @@ def tell_end(ring, stage, phase, WARPS: gl.constexpr):
 
 @gluon.jit
 def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows, ring,
-                 load_more: gl.constexpr = None, more=None):
+                 load_more: gl.constexpr = None, more=None, begin_tile: gl.constexpr = None, counters=None):
     """One warp fills the ring by TMA, band by band (edge_of). weight_rows: of an expert.
 
-    load_more(more, row, used, column, stage, phase, ring, False), if given, fills further stages after a tile's last.
+    load_more(more, row, used, column, stage, phase, ring, False), if given, fills further stages after a tile's last;
+    begin_tile(counters, row_tile, used), if given, comes before its first.
     """
     tiles_ptr, total, _, k_steps = walk
     claim_at, group_at, tile_at, _ = look_up_at(k_steps)
@@ -327,10 +328,12 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
     phase = 0
     claimed = claim(claimed_ptr, 1)
     tile, width, first_column, band = find_band(walk, edges, claimed)
-    expert, row, used, column, _ = find_tile(tiles_ptr, tile, width)
+    expert, row, used, column, row_tile = find_tile(tiles_ptr, tile, width)
     used = gl.where(claimed < total, used, 0)
     column += first_column
     while used > 0:
+        if begin_tile is not None:
+            begin_tile(counters, row_tile, used)
         tell(ring, stage, phase, row, used, column, band, 1)
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 0, claim_at, stage,
                                   phase, ring)
@@ -343,7 +346,8 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, group_at, tile_at,
                                   stage, phase, ring)
         local = tile - field(group, 3) * width
-        entry = ask_entry(tiles_ptr, field(group, 3) + local % field(group, 4), 1)
+        row_tile = field(group, 3) + local % field(group, 4)
+        entry = ask_entry(tiles_ptr, row_tile, 1)
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, tile_at, k_steps,
                                   stage, phase, ring)
         if load_more is not None:

@@ -34,16 +34,12 @@ from labs.kernels.grouped_gemm import store_hidden, store_hidden_dealt, up_opera
 from labs.kernels.roles import (
     LAUNCH,
     _FIELDS,
-    _LEAD,
-    claim,
     consume,
     describe,
-    find_tile_ahead,
-    load_steps,
+    one_band,
     open_ring,
+    produce_rows,
     sync_threads,
-    tell,
-    tell_end,
     walk_tiles,
 )
 from labs.kernels.tiles import ROWS, TilePlan, check
@@ -130,26 +126,13 @@ def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, cop
 
 
 @gluon.jit
-def produce(rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, claimed_ptr, weight_rows, ring):
-    """roles.py's produce_rows, which waits for a tile's rows first."""
-    tiles_ptr, total, column_tiles, k_steps = walk
-    early = gl.maximum(k_steps - _LEAD, 0)
-    stage = 0
-    phase = 0
-    expert, row, used, column, row_tile = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 1), total, column_tiles)
-    while used > 0:
-        while gl.atomic_add(ready_ptr + row_tile, 0, sem="acquire", scope="gpu") < gl.cdiv(used, _UNIT):
-            pass
-        fence_async_global(1)
-        gl.atomic_add(begun_ptr, 1, sem="relaxed", scope="gpu")
-        tell(ring, stage, phase, row, used, column, 0, 1)
-        stage, phase = load_steps(rows_desc, gate_up_desc, row, used, expert, column, weight_rows, 0, early, stage,
-                                  phase, ring)
-        after = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 1), total, column_tiles)
-        stage, phase = load_steps(rows_desc, gate_up_desc, row, used, expert, column, weight_rows, early, k_steps,
-                                  stage, phase, ring)
-        expert, row, used, column, row_tile = after
-    tell_end(ring, stage, phase, 1)
+def wait_for_rows(counters, row_tile, used):
+    """Before a tile's first step: return when its rows are gathered, and say that it is begun."""
+    ready_ptr, begun_ptr = counters
+    while gl.atomic_add(ready_ptr + row_tile, 0, sem="acquire", scope="gpu") < gl.cdiv(used, _UNIT):
+        pass
+    fence_async_global(1)
+    gl.atomic_add(begun_ptr, 1, sem="relaxed", scope="gpu")
 
 
 @gluon.jit(do_not_specialize=["D8", "F8"])
@@ -174,6 +157,7 @@ def up_ahead_kernel(
     grid-th unit of rows.
     """
     finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
+    begin_tile: gl.constexpr = wait_for_rows
     ring = open_ring(1)
     copies = gl.allocate_shared_memory(gl.bfloat16, [_COPIES, _UNIT, _COLUMNS], _FLAT)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
@@ -182,7 +166,8 @@ def up_ahead_kernel(
         (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, False)),
         (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, False)),
         (gather, (x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies)),
-        (produce, (rows_desc, gate_up_desc, ready_ptr, begun_ptr, walk, claimed_ptr, F8 * 16, ring)),
+        (produce_rows, (rows_desc, gate_up_desc, walk, one_band(walk), claimed_ptr, F8 * 16, ring, None, None,
+                        begin_tile, (ready_ptr, begun_ptr))),
     ], [4, 2, 1], [224, 56, 56])
 
 
