@@ -26,8 +26,8 @@ CASES = (
     Case("several bands, the last one narrow", T=1000, D=1288, F=136, E=8, K=8),
     Case("fewer tokens than programs", T=70, D=2048, F=64, E=16, K=5),
     Case("one choice", T=3001, D=1536, F=128, E=4, K=1),
-    Case("three choices, several bands", T=300, D=1288, F=72, E=6, K=3),
-    Case("two blocks a band", T=200, D=4104, F=64, E=4, K=2),
+    Case("three choices, several bands, the ring more than once", T=1500, D=2056, F=72, E=6, K=3),
+    Case("several blocks a band", T=200, D=4104, F=64, E=4, K=2),
     Case("one token, several bands", T=1, D=4104, F=64, E=4, K=2),
     Case("more than 2 to the 31 elements", T=40000, D=8192, F=256, E=8, K=8),
 )

@@ -341,6 +341,8 @@ def test_machine_code_is_as_planned(code, kernel):
     atomics = found.count(r"REDG?\.|ATOMG?\.")
     claims = 0 if kernel.startswith("tall") else 2
     assert atomics == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == claims, "the first claim and the next ones"
+    looked_up = 0 if claims == 0 else 2 + 5  # claims and fields of the next tile, taken out of lanes
+    assert found.count("REDUX") == looked_up, "as scalars they would be waited for where they are asked for"
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     stage = (warpgroups * 64 + 256) * 64 * 2
     assert 4 * stage < found.shared_bytes <= min(4 * stage + 1024, 227 * 1024)
@@ -371,6 +373,10 @@ def test_machine_code_with_spare_warps_is_as_planned(name, dealt):
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
     atomics, claims = found.count(r"REDG?\.|ATOMG?\."), found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU")
     assert claims == 2, "the first claim and the next ones"
+    assert found.count("REDUX") == 2 + 5, "claims and fields of the next tile, taken out of lanes"
+    if kernel == "down_combine_kernel":
+        (alone,) = compile_all([request("down_kernel", None, dealt)]).values()
+        assert found.count(r"LDG\.") == alone.count(r"LDG\.") + 1, "one acquires; what the combiner loads are copies"
     assert atomics - claims == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
     assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
     assert found.count(r"MEMBAR\.ALL\.GPU") == 1, "released"

@@ -39,6 +39,7 @@ from labs.kernels.roles import (
     LAUNCH,
     _BLOCK_N,
     _WARPGROUPS,
+    band_of,
     edge_of,
     listen,
     multiply_share,
@@ -139,10 +140,10 @@ def ask(row_of_slot_ptr, scores_ptr, token, T, rows_of, scores_of, item, TOP_K: 
 def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, column_tiles, edges, stored, slots,
                   rows_of, scores_of, TOP_K: gl.constexpr):
     """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for every grid-th token and
-    all bands but the last.
+    all bands but the last, which are whole blocks.
 
-    An item is a token's block of columns. Its y is copied as many items ahead as the ring holds, and the numbers of its
-    rows as many before that.
+    A turn sums a block of a token's columns, copies the y of another, as many turns ahead as the ring holds, and asks
+    for the row numbers of a third, as many ahead of that.
     """
     STAGES: gl.constexpr = slots.shape[0]
     CHOICES: gl.constexpr = slots.shape[1]
@@ -158,29 +159,26 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
     pair = gl.arange(0, PAIRS, layout=gl.SliceLayout(0, pair_layout))
     program = gl.program_id(0)
     grid = gl.num_programs(0)
-    second, third, fourth = edges
-    later_bands = ((second < column_tiles).to(gl.int32) + (third < column_tiles).to(gl.int32)
-                   + (fourth < column_tiles).to(gl.int32))
-    for band in range(0, later_bands):
-        wait_for_band(band, stored, done_ptr)
+    for band in range(0, band_of(edges, column_tiles - 1)):
         left = edge_of(edges, band) * _BLOCK_N
         right = edge_of(edges, band + 1) * _BLOCK_N
-        blocks = gl.cdiv(right - left, _COLUMNS)
+        blocks = (right - left) // _COLUMNS
         items = gl.cdiv(gl.maximum(T - program, 0), grid) * blocks
-        asked = program
+        asked_token = program
         asked_block = 0
-        for item in range(AHEAD):
-            ask(row_of_slot_ptr, scores_ptr, asked, T, rows_of, scores_of, item, TOP_K)
+        for turn in range(AHEAD):  # before the band is there, as these do not depend on it
+            ask(row_of_slot_ptr, scores_ptr, asked_token, T, rows_of, scores_of, turn, TOP_K)
             async_copy.commit_group()
-            asked, asked_block = next_item(asked, asked_block, blocks, grid)
+            asked_token, asked_block = next_item(asked_token, asked_block, blocks, grid)
+        wait_for_band(band, stored, done_ptr)
         copied_block = 0
-        summed = program
+        summed_token = program
         summed_block = 0
-        for copied in range(0, items + AHEAD):  # item copied; copied - AHEAD is summed, copied + AHEAD asked for
+        for turn in range(0, items + AHEAD):  # item turn is copied, turn - AHEAD summed, turn + AHEAD asked for
             async_copy.wait_group(AHEAD - 1)
-            rows = rows_of.index(copied & PLACES - 1).load(gl.SliceLayout(1, layout))
-            if copied >= AHEAD:
-                item = copied - AHEAD
+            rows = rows_of.index(turn & PLACES - 1).load(gl.SliceLayout(1, layout))
+            if turn >= AHEAD:
+                item = turn - AHEAD
                 scores = scores_of.index(item & PLACES - 1).load(gl.SliceLayout(1, pair_layout))
                 y = pairs.index(item & STAGES - 1).load(pair_layout)
                 even = gl.sum((y << 16).to(gl.float32, bitcast=True) * scores[:, None], axis=0)
@@ -188,17 +186,19 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
                 rounded = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [odd, even],
                                                     dtype=gl.int32, is_pure=True, pack=1)
                 at = left // 2 + summed_block * PAIRS + pair
-                gl.store(out_pairs_ptr + summed.to(gl.int64) * (D8 * 4) + at, rounded, mask=at < right // 2)
-                summed, summed_block = next_item(summed, summed_block, blocks, grid)
+                gl.store(out_pairs_ptr + summed_token.to(gl.int64) * (D8 * 4) + at, rounded)
+                summed_token, summed_block = next_item(summed_token, summed_block, blocks, grid)
             column = left + copied_block * _COLUMNS + c
-            inside = (column < right) & (copied < items)
-            start = rows.to(gl.uint32, bitcast=True).to(gl.uint64) * (D8 * 8).to(gl.uint32, bitcast=True).to(gl.uint64)
+            inside = (column < right) & (turn < items)
+            # R * D passes 2**31 at real sizes; in one instruction, where 64 by 64 bits would take four.
+            start = gl.inline_asm_elementwise("mul.wide.u32 $0, $1, $2;", "=l,r,r", [rows, gl.full_like(rows, 1) * D8],
+                                              dtype=gl.int64, is_pure=True, pack=1) * 8
             async_copy.async_copy_global_to_shared(
-                slots.index(copied & STAGES - 1), y_ptr + start[:, None] + column[None, :],
+                slots.index(turn & STAGES - 1), y_ptr + start[:, None] + column[None, :],
                 (k < TOP_K)[:, None] & inside[None, :])
-            ask(row_of_slot_ptr, scores_ptr, asked, T, rows_of, scores_of, copied + AHEAD, TOP_K)
+            ask(row_of_slot_ptr, scores_ptr, asked_token, T, rows_of, scores_of, turn + AHEAD, TOP_K)
             async_copy.commit_group()
-            asked, asked_block = next_item(asked, asked_block, blocks, grid)
+            asked_token, asked_block = next_item(asked_token, asked_block, blocks, grid)
             copied_block = gl.where(copied_block == blocks - 1, 0, copied_block + 1)
         async_copy.wait_group(0)
 
@@ -239,7 +239,7 @@ def down_combine_kernel(
     scores_of = gl.allocate_shared_memory(gl.float32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
-    edges = second, third, fourth
+    edges = second, third, fourth, walk[2]
     gl.warp_specialize([
         (consume, (y_ptr, D, walk[3], ring, stored, finish, 0)),
         (consume, (y_ptr, D, walk[3], ring, stored, finish, 1)),

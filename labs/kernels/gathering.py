@@ -4,7 +4,7 @@
     while they copy    claim the next tile -> its group -> what tile it is -> its rows' tokens
 
 Each arrow is a load that needs the one before, and takes as long as a K step or two. So the look-up is spread over a
-tile's last eight steps (look_up_at in roles.py), and nothing waits for it.
+tile's last eight steps (look_up_at in roles.py), and each load is waited for two steps after it is asked for.
 """
 
 from __future__ import annotations
@@ -108,13 +108,15 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
         group = ask_entry(tiles_ptr, tile // column_tiles, 4)
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, group_at, tile_at,
                                     stage, phase, ring)
-        local = tile - field(group, 3) * column_tiles
-        entry = ask_entry(tiles_ptr, field(group, 3) + local % field(group, 4), 4)
+        first_row_tile = field(group, 3)
+        size = field(group, 4)
+        local = tile - first_row_tile * column_tiles
+        entry = ask_entry(tiles_ptr, first_row_tile + local % size, 4)
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, tile_at, tokens_at,
                                     stage, phase, ring)
         next_row = field(entry, 1)
         next_used = gl.where(claimed < total, field(entry, 2), 0)
-        next_column = local // field(group, 4)
+        next_column = local // size
         token = load_tokens(token_of_row_ptr, next_row, next_used, next_column)
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, tokens_at, k_steps,
                                     stage, phase, ring)

@@ -147,7 +147,7 @@ def up_rows_kernel(
         (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, False)),
         (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, False)),
         (produce_rows, (rows_desc, gate_up_desc, walk, one_band(walk), claimed_ptr, F8 * 16, ring)),
-    ], [4, 1], [240, 24])
+    ], [4, 1], [232, 32])
 
 
 @gluon.jit(do_not_specialize=["D8", "F8"])
@@ -172,7 +172,7 @@ def down_kernel(
         (consume, (y_ptr, D8, walk[3], ring, finish, 0, False)),
         (consume, (y_ptr, D8, walk[3], ring, finish, 1, False)),
         (produce_rows, (hidden_desc, down_desc, walk, one_band(walk), claimed_ptr, D8 * 8, ring)),
-    ], [4, 1], [240, 24])
+    ], [4, 1], [232, 32])
 
 
 @gluon.jit(do_not_specialize=["N8", "K8"])

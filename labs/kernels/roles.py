@@ -121,30 +121,35 @@ def walk_tiles(tiles_ptr, tile_count_ptr, N, K):
 
 @gluon.jit
 def edge_of(edges, band):
-    """The first column tile of a band, 0 to 3. edges: of bands 1, 2 and 3; where there is none, the end of the last."""
-    second, third, fourth = edges
-    return gl.where(band == 0, 0, gl.where(band == 1, second, gl.where(band == 2, third, fourth)))
+    """The first column tile of band 0 to 3, or the end of the last. edges: of bands 1, 2 and 3, the end of all where
+    there is none, and that end."""
+    second, third, fourth, end = edges
+    return gl.where(band == 0, 0, gl.where(band == 1, second, gl.where(band == 2, third, gl.where(band == 3, fourth,
+                                                                                                    end))))
+
+
+@gluon.jit
+def band_of(edges, column):
+    """The band of a column tile."""
+    second, third, fourth, _ = edges
+    return (column >= second).to(gl.int32) + (column >= third).to(gl.int32) + (column >= fourth).to(gl.int32)
 
 
 @gluon.jit
 def one_band(walk):
     """The edges of all columns as one band."""
-    return walk[2], walk[2], walk[2]
+    return walk[2], walk[2], walk[2], walk[2]
 
 
 @gluon.jit
 def find_band(walk, edges, tile):
-    """An output tile's band -> (its number in the band, the band's column tiles, the first of them, band). edges: as
-    edge_of has them."""
+    """An output tile's band -> (its number in the band, the band's column tiles, the first of them, band)."""
     _tiles_ptr, total, column_tiles, _ = walk
-    second, third, fourth = edges
     row_tiles = gl.maximum(total // column_tiles, 1)
     inside = gl.maximum(gl.minimum(tile, total - 1), 0)
-    place = inside // row_tiles  # of a band's columns, each of which all row tiles pass
-    band = (place >= second).to(gl.int32) + (place >= third).to(gl.int32) + (place >= fourth).to(gl.int32)
+    band = band_of(edges, inside // row_tiles)  # a band comes after all row tiles of the columns before it
     first_column = edge_of(edges, band)
-    end = gl.where(band == 3, column_tiles, edge_of(edges, band + 1))
-    return inside - first_column * row_tiles, end - first_column, first_column, band
+    return inside - first_column * row_tiles, edge_of(edges, band + 1) - first_column, first_column, band
 
 
 # A look-up in parts: what a part asks for stays in lanes until it is taken out. A scalar would go to a uniform register
@@ -188,9 +193,9 @@ def claim(claimed_ptr, WARPS: gl.constexpr):
 @gluon.jit
 def look_up_at(k_steps):
     """K steps of a tile after which the next one is claimed, its group, its entry and its rows' tokens are asked for:
-    each when the one before should be there. In a tile of fewer steps, all before its first."""
-    return (gl.maximum(k_steps - _LEAD, 0), gl.maximum(k_steps - _LEAD + 1, 0), gl.maximum(k_steps - _LEAD + 3, 0),
-            gl.maximum(k_steps - _LEAD + 5, 0))
+    each when the one before should be there. In a tile of fewer, those whose step has passed, before the first."""
+    return (gl.maximum(k_steps - _LEAD, 0), gl.maximum(k_steps - _LEAD + 2, 0), gl.maximum(k_steps - _LEAD + 4, 0),
+            gl.maximum(k_steps - _LEAD + 6, 0))
 
 
 @gluon.jit
@@ -345,8 +350,10 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
         group = ask_entry(tiles_ptr, tile // width, 1)
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, group_at, tile_at,
                                   stage, phase, ring)
-        local = tile - field(group, 3) * width
-        row_tile = field(group, 3) + local % field(group, 4)
+        first_row_tile = field(group, 3)
+        size = field(group, 4)
+        local = tile - first_row_tile * width
+        row_tile = first_row_tile + local % size
         entry = ask_entry(tiles_ptr, row_tile, 1)
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, tile_at, k_steps,
                                   stage, phase, ring)
@@ -355,7 +362,7 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
         expert = field(entry, 0)
         row = field(entry, 1)
         used = gl.where(claimed < total, field(entry, 2), 0)
-        column = first_column + local // field(group, 4)
+        column = first_column + local // size
     tell_end(ring, stage, phase, 1)
 
 

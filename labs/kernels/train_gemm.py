@@ -98,7 +98,7 @@ def specialize(rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weig
             (consume, (out, F8, walk[3], ring, finish, 0, False, MORE_STAGES)),
             (consume, (out, F8, walk[3], ring, finish, 1, False, MORE_STAGES)),
             (produce_rows, (rows, weights_desc, walk, one_band(walk), claimed_ptr, weight_rows, ring, load_more, more)),
-        ], [4, 1], [232, 24])
+        ], [4, 1], [232, 32])
 
 
 # ----------------------------------------------------------------------------------------------------------- up

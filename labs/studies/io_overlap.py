@@ -42,6 +42,7 @@ from labs.kernels.roles import (
     find_tile_ahead,
     listen,
     next_stage,
+    one_band,
     open_ring,
     pass_on,
     produce_rows,
@@ -198,20 +199,20 @@ def roles_kernel(
         gl.warp_specialize([
             (consume, (out_ptr, N8, walk[3], ring, finish, 0, False)),
             (consume, (out_ptr, N8, walk[3], ring, finish, 1, False)),
-            (produce_rows, (rows_desc, weights_desc, walk, walk[2], claimed_ptr, N8 * 8, ring)),
-        ], [4, 1], [240, 24])
+            (produce_rows, (rows_desc, weights_desc, walk, one_band(walk), claimed_ptr, N8 * 8, ring)),
+        ], [4, 1], [232, 32])
     elif PART == 1:
         gl.warp_specialize([
             (drain, (walk[3], ring)),
             (drain, (walk[3], ring)),
-            (produce_rows, (rows_desc, weights_desc, walk, walk[2], claimed_ptr, N8 * 8, ring)),
-        ], [4, 1], [240, 24])
+            (produce_rows, (rows_desc, weights_desc, walk, one_band(walk), claimed_ptr, N8 * 8, ring)),
+        ], [4, 1], [232, 32])
     else:
         gl.warp_specialize([
             (consume, (out_ptr, N8, walk[3], ring, finish, 0, False)),
             (consume, (out_ptr, N8, walk[3], ring, finish, 1, False)),
             (announce, (walk, claimed_ptr, ring)),
-        ], [4, 1], [240, 24])
+        ], [4, 1], [232, 32])
 
 
 @gluon.jit
