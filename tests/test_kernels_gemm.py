@@ -117,7 +117,7 @@ def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
                          "out_ptr": out}.items():
         assert given[name] is tensor, name
     assert (given["D8"], given["F8"], given["T"]) == (161, 32, 16)
-    assert (given["second"], given["third"], given["fourth"]) == down_combine.edges_for(1288) == (4, 6, 6)
+    assert (given["second"], given["third"], given["fourth"]) == down_combine.edges_for(1288, 256, 8) == (2, 4, 6)
     assert (given["TOP_K"], given["CHOICES"], given["launch_cooperative_grid"]) == (8, 8, True)
     assert all(one is other for one, other in zip(combined, (given["y_ptr"], slots, scores, out), strict=False))
     assert combined[4] == 1024, "the last band is combine's"

@@ -72,10 +72,11 @@ def test_every_output_tile_is_found_once(counts, column_tiles):
     assert sorted(found) == [(row, column) for row in range(len(table)) for column in range(column_tiles)]
 
 
+@pytest.mark.parametrize("F", [8, 768, 14336])
 @pytest.mark.parametrize(("row_tiles", "D"), [(5, 2048), (1, 7168), (40, 1288), (3, 8192), (0, 2048), (17, 8)])
-def test_bands_cover_every_output_tile_in_turn(row_tiles, D):
+def test_bands_cover_every_output_tile_in_turn(row_tiles, D, F):
     """What find_band does, in Python."""
-    column_tiles, edges = -(-D // 256), (0, *down_combine.edges_for(D))
+    column_tiles, edges = -(-D // 256), (0, *down_combine.edges_for(D, F, 8))
     assert len(edges) == tiles.BANDS == 4, "as many as edge_of and find_band know"
     found, bands = [], []
     for tile in range(row_tiles * column_tiles):
@@ -89,12 +90,15 @@ def test_bands_cover_every_output_tile_in_turn(row_tiles, D):
     assert bands == sorted(bands), "a program that claims tiles in their order leaves a band for good"
 
 
-@pytest.mark.parametrize(("D", "widths"), [(8, [1]), (512, [2]), (1288, [4, 2]), (2048, [4, 2, 2]), (2816, [6, 4, 1]),
-                                           (4096, [8, 4, 2, 2]), (7168, [14, 8, 4, 2])])
-def test_each_band_takes_half_of_the_columns_left(D, widths):
-    edges = [0, *down_combine.edges_for(D), -(-D // 256)]
+@pytest.mark.parametrize(("D", "F", "K", "widths"), [
+    (8, 8, 1, [1]), (512, 768, 8, [2]), (1288, 768, 8, [2, 2, 2]), (2048, 768, 8, [4, 2, 2]), (2048, 64, 1, [4, 2, 2]),
+    (2816, 768, 8, [6, 2, 2, 1]), (4096, 1024, 8, [10, 4, 2]), (4096, 14336, 2, [14, 2]), (7168, 2048, 8, [22, 4, 2]),
+])
+def test_each_band_takes_what_is_summed_while_the_rest_is_multiplied(D, F, K, widths):
+    edges = [0, *down_combine.edges_for(D, F, K), -(-D // 256)]
     assert [b - a for a, b in itertools.pairwise(edges) if b > a] == widths
     assert edges == sorted(edges)
+    assert all(width % 2 == 0 for width in widths[:-1]), "whole blocks of the combiner's"
 
 
 def test_plan_starts_its_counters_at_zero():

@@ -10,8 +10,7 @@
 
 How the table for sm_90 was found: the kernels timed beside each other on six presets, on an H200 (labs/LOG.md).
 Gathering ahead moves some 2 * R * D values and the up projection takes 4 * R * D * F operations, so it pays from some F
-on; from which one depends on D, where gathering in the loads was the faster the wider D was. A tall tile pays where an
-expert's rows fit it whole, so that each weight is read once.
+on. A tall tile pays where an expert's rows fit it whole, so that each weight is read once.
 
 Whether to search is MOE_AUTOTUNE: `off` takes the table; `cached`, the default, takes what a search found on this kind
 of GPU before, else the table; `search` searches what is not cached. At most one search a shape class, a minute each.
@@ -40,7 +39,7 @@ from labs.kernels.tall_gemm import PREFETCHED
 FEW_ROWS = 66  # mean rows an expert up to which the weights' bytes take longer than the arithmetic
 MOST_FEW_ROWS = 128  # beyond which a search does not try few_rows; rounding starts here, and has no work list
 TALL_ROWS = 176  # mean rows an expert up to which most experts fit one tile of 192
-AHEAD_WIDTH, AHEAD_NARROW_WIDTH = 2048, 1024  # F from which gathering ahead pays: for any D, for D up to 2 * F
+AHEAD_WIDTH = 2048  # F from which gathering ahead pays
 GROUPS = (8, 32)  # row tiles that walk through their expert's weights together
 INTERPRETED = PlainTile(64, 64, 32, warps=4, stages=2, tma=False)
 SMALL_PIPELINED = PlainTile(64, 128, 64, warps=4, stages=3, tma=False)  # 72 of 99 KB: fits every GPU of the table
@@ -93,8 +92,7 @@ def from_table(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int) -> C
         return Choice("pipelined", tile=TILES[90])
     if mean <= TALL_ROWS and min(D, F) > PREFETCHED:
         return Choice("tall", group=16)
-    ahead = F >= AHEAD_WIDTH or (F >= AHEAD_NARROW_WIDTH and D <= 2 * F)
-    return Choice("ahead" if ahead else "gather")
+    return Choice("ahead" if F >= AHEAD_WIDTH else "gather")
 
 
 def candidates(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int, shared_bytes: int) -> list[Choice]:

@@ -67,7 +67,8 @@ MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more 
 
 # Rows, and rows an expert, from which the sum beside the GEMM was faster than one after it (LOG.md). With fewer, the
 # GEMM waits for memory itself, and reading hidden once a band costs more than the sum.
-LEAST_ROWS, LEAST_MEAN_ROWS = 65536, 512
+LEAST_ROWS, LEAST_MEAN_ROWS = 32768, 512
+HIDING = 4096  # K * F that take as long as the sum of K rows, and half of that again (LOG.md)
 
 _BANDS = gl.constexpr(BANDS)
 _SLOTS = gl.constexpr(SLOTS)
@@ -255,16 +256,18 @@ def pays(R: int, E: int, K: int) -> bool:
     return K <= MOST_CHOICES and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
 
 
-def edges_for(D: int) -> tuple[int, int, int]:
+def edges_for(D: int, F: int, K: int) -> tuple[int, int, int]:
     """The first column tiles of bands 2 to 4; where there is none, the end of the last.
 
-    Each band takes half of the columns that are left, in whole blocks of the combiner's. So bands are few, as hidden is
-    read once for each; a band's sum is done before the next band is; and the last, whose sum nothing hides, is narrow.
+    Each band takes of the columns that are left, in whole blocks of the combiner's, as many as can be summed while the
+    rest is multiplied: a column of a token takes K * F steps of the multiply, and its sum as long as some HIDING of
+    them. So bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
     """
-    tiles, edges = triton.cdiv(D, BLOCK_N), [0]
+    tiles, edges, steps = triton.cdiv(D, BLOCK_N), [0], max(K * F, HIDING)
     for _ in range(BANDS - 1):
         left = tiles - edges[-1]
-        edges.append(edges[-1] + min(left, triton.cdiv(left, 4) * 2))
+        blocks = max(1, left * steps // (2 * (steps + HIDING)))
+        edges.append(edges[-1] + min(left, 2 * blocks))
     return tuple(edges[1:])
 
 
@@ -289,7 +292,7 @@ def down_combine(
         return out_TD
     operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
     plan.count_once("down")
-    edges = edges_for(D)
+    edges = edges_for(D, hidden_RF.shape[1], K)
     down_combine_kernel[(programs,)](
         plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, TOP_K=K,
         CHOICES=triton.next_power_of_2(K), launch_cooperative_grid=True, **LAUNCH)
