@@ -67,7 +67,7 @@ MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more 
 
 # Rows, and rows an expert, from which the sum beside the GEMM was faster than one after it (LOG.md). With fewer, the
 # GEMM waits for memory itself, and reading hidden once a band costs more than the sum.
-LEAST_ROWS, LEAST_MEAN_ROWS = 32768, 512
+LEAST_ROWS, LEAST_MEAN_ROWS = 16384, 512
 HIDING = 4096  # K * F that take as long as the sum of K rows, and half of that again (LOG.md)
 
 _BANDS = gl.constexpr(BANDS)
