@@ -12,8 +12,8 @@ order's bits, which is checked before anything is timed. Plain order is timed tw
     evened          largest and smallest in turn, so that tiles keep pace with experts: an expert's weights come from
                     memory once, however few its tiles, so memory is asked for as much at one time as at another
 
-up_gather and down are timed, each by itself with a cold L2, with the fill that sets its counter back. Level 8 sums tokens
-beside down where there are many, and walks through the same table.
+up_gather and down are timed, each by itself with a cold L2, with the fill that sets its counter back. Level 8 sums
+tokens beside down where there are many, and walks through the same table.
 """
 
 from __future__ import annotations
