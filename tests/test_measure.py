@@ -179,6 +179,7 @@ def test_what_each_of_several_profiled_calls_did(own_wait, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_calls_profiled_together_are_told_apart():
     x = torch.randn(4096, 4096, device=DEVICE)
 
