@@ -21,7 +21,7 @@ from common.model import make_inputs, make_weights, oracle
 from common.rounded import rounded_oracle
 from labs import level8_tma_overlap as level8
 from labs.kernels import choice as choosing
-from labs.kernels import ops
+from labs.kernels import down_combine, ops
 from labs.kernels.backward_loop import tile_for
 from labs.kernels.choice import Choice, Chooser
 from labs.kernels.combine import combine
@@ -132,6 +132,17 @@ def test_a_gradient_that_there_is_none_of_is_refused(device):
 
 
 # ---- which kernels
+
+
+@pytest.mark.parametrize(("name", "T", "expected"), [
+    ("qwen3-30b-a3b", 16384, True), ("qwen3-30b-a3b", 8192, True), ("qwen3-30b-a3b", 4096, False),
+    ("mixtral-8x7b", 8192, True), ("mixtral-8x7b", 4096, False), ("olmoe-1b-7b", 16384, True),
+    ("sonic-30b", 32768, True), ("deepseek-v3", 4096, False), ("deepseek-v3", 16384, True),
+])
+def test_where_the_sum_runs_beside_down(name, T, expected):
+    cfg = preset(name)
+    assert down_combine.pays(T * cfg.K, cfg.E, cfg.K) == expected
+    assert not down_combine.pays(T * cfg.K, cfg.E, down_combine.MOST_CHOICES + 1)
 
 
 BF16 = torch.bfloat16

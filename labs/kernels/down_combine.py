@@ -68,7 +68,7 @@ MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more 
 # Rows, and rows an expert, from which the sum beside the GEMM was faster than one after it (LOG.md). With fewer, the
 # GEMM waits for memory itself, and reading hidden once a band costs more than the sum.
 LEAST_ROWS, LEAST_MEAN_ROWS = 16384, 512
-HIDING = 4096  # K * F that take as long as the sum of K rows, and half of that again (LOG.md)
+HIDING = 4096  # K * F whose multiply takes half as long again as the sum of K rows, by reckoning (row 23 of LOG.md)
 
 _BANDS = gl.constexpr(BANDS)
 _SLOTS = gl.constexpr(SLOTS)
@@ -260,8 +260,8 @@ def edges_for(D: int, F: int, K: int) -> tuple[int, int, int]:
     """The first column tiles of bands 2 to 4; where there is none, the end of the last.
 
     Each band takes of the columns that are left, in whole blocks of the combiner's, as many as can be summed while the
-    rest is multiplied: a column of a token takes K * F steps of the multiply, and its sum as long as some HIDING of
-    them. So bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
+    rest is multiplied, half or more: a column of a token takes K * F steps of the multiply, and its sum no longer than
+    HIDING of them. So bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
     """
     tiles, edges, steps = triton.cdiv(D, BLOCK_N), [0], max(K * F, HIDING)
     for _ in range(BANDS - 1):
