@@ -44,7 +44,7 @@ from labs.studies.study import (
     figure,
     legend_above,
     main,
-    plain_table,
+    PlainTable,
     positive,
     time_together,
 )
@@ -242,7 +242,7 @@ def table(figures: dict) -> list[Table | str]:
                          f"{number(base['step_ms']['p50'] / step['p50'])}x", number(row["kept_mib"]),
                          f"{1 - row['kept_mib'] / base['kept_mib']:.0%}", number(row["peak_mib"]),
                          f"{max(row['errors'].values()):.1e}"])
-    return [plain_table("Experts, forward and backward", headings, rows)]
+    return [PlainTable("Experts, forward and backward", headings, rows)]
 
 
 def conclude(figures: dict) -> str:

@@ -39,7 +39,7 @@ from labs.full_moe import OptimizedMoELayer
 from labs.moe_layer.definition import errors_against_definition, kept_experts
 from labs.moe_layer.huggingface import share_parameters
 from labs.moe_layer.memory import measure_kept_bytes
-from labs.studies.study import COLORS, Options, Refused, Study, figure, legend_above, main, plain_table, positive
+from labs.studies.study import COLORS, Options, Refused, Study, figure, legend_above, main, PlainTable, positive
 
 # T tokens, D model width, F expert width, E experts, K top-k.
 
@@ -261,7 +261,7 @@ def table(figures: dict) -> list[Table | str]:
             cells += [number(row.get("peak_mib"))]
         rows.append([*cells, row["backend"][0]])
     words = " ".join(f"{letter}={size}" for letter, size in shape.items())
-    return [plain_table(f"{figures['config']}, {mode}: {words}, {figures['dtype']}", headings, rows)]
+    return [PlainTable(f"{figures['config']}, {mode}: {words}, {figures['dtype']}", headings, rows)]
 
 
 def conclude(figures: dict) -> str:

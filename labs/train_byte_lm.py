@@ -21,7 +21,7 @@ from rich.table import Table
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from labs.studies.byte_lm import LARGE, SMALL, TrainingRun, moe_factory, train
-from labs.studies.study import COLORS, Options, Study, figure, main, plain_table, positive
+from labs.studies.study import COLORS, Options, Study, figure, main, PlainTable, positive
 
 OPTIMIZED, LOOP = "optimized", "eager loop"
 # Nothing is dropped, so that backends compute the same function; what differs is named.
@@ -73,7 +73,7 @@ def table(figures: dict) -> list[Table | str]:
              f"{run['tokens_per_second']:,.0f}"] for name, run in figures["runs"].items()]
     headings = ["", "backend", "loss", "held-out loss", "Gini, first", "Gini, last", "max/mean, last", "tokens/s"]
     words = f"{figures['steps']} steps, {figures['dtype']}, seed {figures['seed']}; {figures['text']}"
-    return [words, plain_table("byte-level MoE language model, nats a byte", headings, rows)]
+    return [words, PlainTable("byte-level MoE language model, nats a byte", headings, rows)]
 
 
 def widest_gap(one: list[float], other: list[float], window: int = LAST) -> float:

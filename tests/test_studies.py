@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from io import StringIO
 from pathlib import Path
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
@@ -19,6 +20,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from rich.console import Console
 
 from labs.kernels import roles
 from labs.studies import (
@@ -240,6 +242,22 @@ def test_redrawing_names_a_file_that_is_no_record(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"no.json: holds study None"):
         redraw.redraw(path)
+
+
+@pytest.mark.parametrize(("width", "tables"), [(200, 1), (80, 2), (48, 4), (36, 4)])
+def test_a_narrow_terminal_gets_several_tables_of_whole_figures(width, tables):
+    headings = ["routing, tokens", "milliseconds", "p20 to p80", "with rounding", "share", "why"]
+    rows = [["skewed, 16384", "12.5", "12.25 to 12.75", "1.05x", "45%", "its tiles are full and those of no other are"],
+            ["natural, 512", "0.318", "0.31 to 0.33", "0.99x", "100%", "-"]]
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(study.PlainTable("What was found", headings, rows))
+    text = console.export_text()
+    assert text.count("What was found") == 1
+    assert text.count("┏") == tables
+    assert all(len(line) <= width for line in text.splitlines())
+    assert all(text.count(row[0]) == tables for row in rows)
+    assert all(cell in text for row in rows for cell in row[1:-1])
+    assert all(word in text for word in rows[0][-1].split())
 
 
 # ---- what single studies must not get wrong --------------------------------------------------------

@@ -159,7 +159,7 @@ def table(figures: dict) -> list[Table | str]:
              *(cell(times[PLAIN], times[name], gain(times, name)) for name in times if name != PLAIN)]
             for case in figures["cases"] for gemm, times in case["ms"].items()]
     names = [name for name in figures["cases"][0]["ms"]["up"] if name != PLAIN]
-    return [study.plain_table("Orders of the experts", ["T, routing", "small, empty", "", "plain ms", *names], rows),
+    return [study.PlainTable("Orders of the experts", ["T, routing", "small, empty", "", "plain ms", *names], rows),
             "small, empty: experts under a tile of rows, without any. Medians, gain; *: p20 to p80 is clear of plain's"]
 
 

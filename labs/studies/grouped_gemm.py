@@ -46,7 +46,7 @@ from labs.studies.study import (
     Study,
     figure,
     main,
-    plain_table,
+    PlainTable,
     rate,
     spread_line,
     time_together,
@@ -402,7 +402,7 @@ def table(figures: dict) -> list[Table | str]:
     for key, head in (("by_skew", "load"), ("by_experts", "experts")):
         columns = [f"{head} {point.get('label', point['E'])}" for point in figures[key]]
         rows = [[name, *(cell(point["methods"][name]) for point in figures[key])] for name in METHODS]
-        parts.append(plain_table(f"R={figures['R']:,} N={figures['N']:,} K={figures['K']:,}; full: rows over rows of "
+        parts.append(PlainTable(f"R={figures['R']:,} N={figures['N']:,} K={figures['K']:,}; full: rows over rows of "
                                  f"their tiles", ["", *columns], rows))
     for name, one in figures["schedules"].items():
         parts.append(f"{name}: {len(one['sm']):,} tiles in {number(one['span_us'])} us, SMs idle "

@@ -52,7 +52,7 @@ from labs.kernels.roles import (
 )
 from labs.kernels.tiles import ROWS, plan_tiles
 from labs.kernels.routing import sm_count
-from labs.studies.study import COLORS, GpuClock, Options, Study, figure, main, plain_table, rate, time_together
+from labs.studies.study import COLORS, GpuClock, Options, Study, figure, main, PlainTable, rate, time_together
 
 import triton
 import triton.language as tl
@@ -449,7 +449,7 @@ def table(figures: dict) -> list[Table | str]:
         rows.append([name_of(variant), *(number(ms[part]["p50"]) for part in PARTS),
                      number(variant["tflops"]["p50"]), percent(overlap(variant))])
     words = " (Triton's interpreter: times mean nothing)" if figures["interpreted"] else ""
-    parts: list[Table | str] = [plain_table(
+    parts: list[Table | str] = [PlainTable(
         f"{figures['E']} experts, R={figures['R']:,} N={figures['N']:,} K={figures['K']:,}, row tiles of "
         f"{figures['block_M']}{words}", ["roles, loads, width, depth", *(f"{part}, ms" for part in PARTS), "TFLOP/s",
                                          "overlapped"], rows)]

@@ -22,7 +22,7 @@ from common.measure import WallClock, gate
 from common.model import Weights, make_inputs, make_weights, oracle
 from common.show import number, percent
 from labs import level0_naive as level0
-from labs.studies.study import COLORS, Options, Study, figure, main, plain_table, time_together
+from labs.studies.study import COLORS, Options, Study, figure, main, PlainTable, time_together
 
 # T tokens, D model width, F expert width, E experts, K top-k. A tensor's suffix is its shape.
 
@@ -140,15 +140,15 @@ def table(figures: dict) -> list[Table | str]:
         parts.append(f"         4. weighted sum: out = {vector(book['out'][t])}")
     title = (f"{figures['preset']}, {shape['T']:,} tokens, {figures['dtype']}, relative error "
              f"{figures['rel_err']:.1e} (bound {figures['error_bound']:.1e})")
-    parts.append(plain_table(title, ["step", "tensor", "shape"], [
+    parts.append(PlainTable(title, ["step", "tensor", "shape"], [
         [step, name, " x ".join(f"{size:,}" for size in sizes)] for step, name, sizes in figures["shapes"]]))
     total = sum(spread["p50"] for spread in figures["ms"].values())
-    parts.append(plain_table("Time", ["step", "ms", "p20 to p80", "share"], [
+    parts.append(PlainTable("Time", ["step", "ms", "p20 to p80", "share"], [
         [step, number(spread["p50"]), f"{number(spread['p20'])} to {number(spread['p80'])}",
          percent(spread["p50"] / total)] for step, spread in figures["ms"].items()]))
     rows = figures["rows_per_expert"]
     cut = f", first 16 of {shape['E']} experts" if shape["E"] > 16 else ""
-    parts.append(plain_table(
+    parts.append(PlainTable(
         f"Balance loss {figures['balance_loss']:.4f} (even: 1){cut}",
         ["expert", "rows", f"share (even {1 / shape['E']:.1%})"],
         [[str(e), f"{count:,}", f"{count / sum(rows):.1%}"] for e, count in enumerate(rows[:16])]))

@@ -28,7 +28,7 @@ from common.peers import PEERS
 from common.references import BOUND, REFERENCES
 from common.run import run_workload
 from common.show import number, percent, status_text
-from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, plain_table
+from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, PlainTable
 
 FEATURES = ("forward", "backward", "routes itself", "gather in the GEMM", "SwiGLU in the GEMM", "token rounding",
             "FP8 or FP4", "several GPUs", "runs below sm_90")
@@ -115,7 +115,7 @@ def measure(options: Options) -> dict:
 def table(figures: dict) -> list[Table | str]:
     """Times; how to get each; what each can do, and with what source."""
     words = " ".join(f"{letter}={value}" for letter, value in figures["shape"].items())
-    timed = plain_table(f"{figures['preset']}, {words}, {figures['dtype']}", ["", "rel. error", "wall ms", "p20 to p80",
+    timed = PlainTable(f"{figures['preset']}, {words}, {figures['dtype']}", ["", "rel. error", "wall ms", "p20 to p80",
                                                                              "GPU ms", "peak MiB", "of two bare bmm"],
                         [[row["name"], "-" if row["rel_err"] is None else f"{row['rel_err']:.1e}",
                           number(row["ms"]["p50"]) if row["ms"] else row["shown"],
@@ -124,9 +124,9 @@ def table(figures: dict) -> list[Table | str]:
                          for row in figures["rows"]])
     parts: list[Table | str] = [timed]
     parts += [f"{row['name']}: {row['reason']}" for row in figures["rows"] if row["status"] == "not installed"]
-    parts.append(plain_table("How to get it, and what only it has", ["library", "install", "only here", "source"],
+    parts.append(PlainTable("How to get it, and what only it has", ["library", "install", "only here", "source"],
                              [[one.name, one.install, one.only, one.source] for one in LIBRARIES]))
-    parts.append(plain_table("What each can do (read, not run: see its source)", ["", *(one.name for one in LIBRARIES)],
+    parts.append(PlainTable("What each can do (read, not run: see its source)", ["", *(one.name for one in LIBRARIES)],
                              [[feature, *(WORDS[one.has[place]] for one in LIBRARIES)]
                               for place, feature in enumerate(FEATURES)]))
     return parts

@@ -25,7 +25,7 @@ from common.level import discover  # first of those that import Triton: it picks
 from common.measure import WallClock, gate, profile_call
 from common.model import make_inputs, make_weights, oracle
 from common.show import number, percent
-from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, plain_table, time_together
+from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, PlainTable, time_together
 
 # T tokens.
 
@@ -122,9 +122,9 @@ def table(figures: dict) -> list[Table | str]:
             ["GPU-busy ms", *(number(run["busy_ms"]) for run in runs)],
             ["launches", *(str(run["launches"]) for run in runs)],
             *([kind, *(number(one[kind]) for one in kinds)] for kind in (*KINDS, REST))]
-    parts: list[Table | str] = [plain_table(f"{figures['preset']}, {figures['dtype']}", ["ms", *heads], rows)]
+    parts: list[Table | str] = [PlainTable(f"{figures['preset']}, {figures['dtype']}", ["ms", *heads], rows)]
     for head, run in zip(heads, runs, strict=True):
-        parts.append(plain_table(head, ["kernel", "kind", "calls", "ms", "share"], [
+        parts.append(PlainTable(head, ["kernel", "kind", "calls", "ms", "share"], [
             [kernel["name"][:70], kernel["kind"], str(kernel["count"]), number(kernel["ms"]),
              percent(kernel["ms"] / run["busy_ms"])] for kernel in run["kernels"][:8]]))
     return parts

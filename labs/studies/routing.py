@@ -27,7 +27,7 @@ from labs.moe_layer.losses import count_rows
 from labs.moe_layer.router import Router
 from labs.moe_layer.statistics import evenness
 from labs.studies.byte_lm import SMALL, Size, moe_factory, train
-from labs.studies.study import COLORS, Options, Study, figure, main, plain_table
+from labs.studies.study import COLORS, Options, Study, figure, main, PlainTable
 
 # T tokens, E experts, K top-k.
 
@@ -150,21 +150,21 @@ def table(figures: dict) -> list[Table | str]:
     shape = f"T={figures['T']:,} E={figures['E']} K={figures['K']}"
     remedies = figures["training"]["remedies"]
     return [
-        plain_table(f"Temperature, {shape}", ["temperature", "tokens with the same choice as at 1", "best score",
+        PlainTable(f"Temperature, {shape}", ["temperature", "tokens with the same choice as at 1", "best score",
                                               "router entropy, nats"],
                     [[f"{one['temperature']:g}", percent(one["same_choice"]), f"{one['top_score']:.3f}",
                       f"{one['router_entropy']:.3f}"] for one in figures["temperatures"]]),
-        plain_table(f"Load, {shape}", ["routing", "entropy / log E", "Gini", "CV", "max / mean", "min / mean"],
+        PlainTable(f"Load, {shape}", ["routing", "entropy / log E", "Gini", "CV", "max / mean", "min / mean"],
                     [[mode, *(f"{one[key]:.3f}" for key in ("entropy", "gini", "cv", "max_over_mean",
                                                             "min_over_mean"))]
                      for mode, one in figures["loads"].items()]),
-        plain_table("Dropped by a capacity (rows; share of all scores): weakest scores first, or last in the batch",
+        PlainTable("Dropped by a capacity (rows; share of all scores): weakest scores first, or last in the batch",
                     ["capacity factor", *(f"{mode}, {how.replace('_', ' ')}" for mode in figures["capacity"]
                                           for how in ("by_score", "by_position"))],
                     [[f"{factor:g}", *(f"{one[place][how]['rows']:.1%}; {one[place][how]['score']:.1%}"
                                        for one in figures["capacity"].values() for how in ("by_score", "by_position"))]
                      for place, factor in enumerate(FACTORS)]),
-        plain_table(f"Trainings, {figures['training']['steps']} steps, {figures['training']['seeds']} seeds",
+        PlainTable(f"Trainings, {figures['training']['steps']} steps, {figures['training']['seeds']} seeds",
                     ["remedy", "Gini, first step", "Gini, last tenth (each seed)", "held-out nats a byte (each seed)"],
                     [[name, f"{statistics.fmean(run[0] for run in one['gini']):.3f}",
                       ", ".join(f"{value:.3f}" for value in final_gini(one)),

@@ -24,7 +24,8 @@ from common.results import gpu_slug
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 SCHEMA = 1
@@ -272,14 +273,48 @@ def spread_line(ax: Axes, xs: list, spreads: list[dict | None], label: str, colo
     ax.fill_between(places, [s["p20"] for _, s in known], [s["p80"] for _, s in known], color=color, alpha=0.2, lw=0)
 
 
-def plain_table(title: str, headings: list[str], rows: list[list[str]]) -> Table:
-    """A rich table whose first column is text and whose others are figures."""
-    table = Table(title=title, title_justify="left")
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+class PlainTable(Table):
+    """A table whose first column is text and whose others are figures. Where there is no room for all columns, it is
+    shown as several, each with the first column. So figures are whole, and words of up to LONGEST characters."""
+
+    FIGURE, LONGEST = 16, 30  # characters of a cell up to which it is one figure, as "1.00 to 1.05" is
+
+    def __init__(self, title: str, headings: list[str], rows: list[list[str]]):
+        super().__init__(*headings, title=title, title_justify="left")
+        for row in rows:
+            self.add_row(*row)
+        self.cells = [list(column) for column in zip(headings, *rows, strict=True)]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        most = [max(map(cell_len, column)) for column in self.cells]
+        least = [min(self.LONGEST, most[place] if place == 0 else max(map(self._least, column)))
+                 for place, column in enumerate(self.cells)]
+        parts: list[list[int]] = [[0]]
+        for place in range(1, len(self.cells)):
+            if len(parts[-1]) > 1 and self._width(least, [*parts[-1], place]) > options.max_width:
+                parts.append([0])
+            parts[-1].append(place)
+        for number, places in enumerate(parts):
+            table = Table(title=None if number else self.title, title_justify="left")
+            spare = max(0, options.max_width - self._width(least, places))
+            for place in places:
+                more = min(spare, most[place] - least[place])
+                spare -= more
+                heading, *_ = self.cells[place]
+                table.add_column(heading, justify="right" if place else "left", overflow="fold",
+                                 width=least[place] + more)
+            for row in zip(*(self.cells[place][1:] for place in places), strict=True):
+                table.add_row(*row)
+            yield table
+
+    def _least(self, cell: str) -> int:
+        """How narrow a cell can be."""
+        return cell_len(cell) if cell_len(cell) <= self.FIGURE else max(map(cell_len, cell.split()))
+
+    @staticmethod
+    def _width(widths: list[int], places: list[int]) -> int:
+        """Of a table of these columns, with a space to each side of a cell and lines between."""
+        return sum(widths[place] + 3 for place in places) + 1
 
 
 # ---- time ----------------------------------------------------------------------------------------

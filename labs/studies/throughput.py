@@ -27,7 +27,7 @@ from rich.table import Table
 from common.config import MoEConfig, preset
 from common.results import Run, load
 from common.show import number, percent
-from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, main, plain_table, shown
+from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, main, PlainTable, shown
 
 # D model width, F expert width, E experts, K top-k.
 
@@ -329,9 +329,9 @@ def label(figures: dict) -> str:
 
 def table(figures: dict) -> list[Table | str]:
     """Every assumption, then what follows for the case and the curve."""
-    parts: list[Table | str] = [plain_table("Assumptions", ["set by", "value"], figures["assumptions"])]
+    parts: list[Table | str] = [PlainTable("Assumptions", ["set by", "value"], figures["assumptions"])]
     points = [figures["case"], *(one for one in figures["curve"] if one["gpus"] != figures["case"]["gpus"])]
-    parts.append(plain_table(
+    parts.append(PlainTable(
         f"{figures['config']}, {figures['mode']}", ["GPUs", "tokens/s", "tokens/day", "days per trillion",
                                                      "cost per trillion", "of peak"],
         [[f"{one['gpus']:,}", f"{one['tokens_per_s']:,.0f}", f"{one['tokens_per_day'] / 1e9:,.2f} B",

@@ -45,7 +45,7 @@ from labs.studies.study import (
     Study,
     figure,
     main,
-    plain_table,
+    PlainTable,
     spread_line,
     time_together,
 )
@@ -257,14 +257,14 @@ def table(figures: dict) -> list[Table | str]:
                          f"{one['tokens_without_expert']:,}", number(one["gemm_ms"]["p50"]),
                          f"{one['ideal_speedup']:.2f}x", f"{one['speedup']:.2f}x", f"{one['net_speedup']:.2f}x"])
     words = " (Triton's interpreter: times mean nothing)" if figures["interpreted"] else ""
-    parts: list[Table | str] = [plain_table(
+    parts: list[Table | str] = [PlainTable(
         f"Speed{words}; {told_routes(figures['routes'])}",
         ["tile, mean rows in tiles, mode", "tokens", "tiles full", "dropped", "added", "changed", "tokens left out",
          "GEMMs, ms", "ideal", "measured", "with rounding"], rows)]
     trained = figures["quality"]
     if trained is None:
         return [*parts, "quality: left out by --steps 0"]
-    parts.append(plain_table(
+    parts.append(PlainTable(
         f"Quality: {trained['steps']} steps, tile {trained['tile']}, {trained['rows_per_expert_in_tiles']:g} tiles of "
         f"mean rows an expert, evaluated with exact top-k",
         ["trained with", "routes changed", "held-out nats a byte, each seed", "mean"],

@@ -36,7 +36,7 @@ from common.measure import PeakMemory, WallClock, gate, relative_error
 from common.model import Weights, make_inputs, make_weights, oracle
 from common.show import number
 from labs.full_moe import OptimizedMoELayer
-from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, plain_table, time_together
+from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, PlainTable, time_together
 
 # T tokens, D model width, F expert width, E experts, K top-k.
 
@@ -210,7 +210,7 @@ def table(figures: dict) -> list[Table | str]:
                 rows.append([f"{mode}: {variant} ({row['path']})", number(row["ms"]["p50"]),
                              f"{number(row['ms']['p20'])} to {number(row['ms']['p80'])}",
                              f"{number(row.get('speedup'))}x", number(row["tflops"]), number(row["peak_mib"])])
-        parts.append(plain_table(f"{name}: {size['preset']}, {words}",
+        parts.append(PlainTable(f"{name}: {size['preset']}, {words}",
                                  ["variant (path)", "ms", "p20 to p80", "speedup", "TFLOP/s", "peak MiB"], rows))
     return parts
 

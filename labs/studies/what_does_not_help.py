@@ -44,7 +44,7 @@ from labs.kernels.routing import sm_count
 from labs.kernels.tiles import spread_rows
 from labs.moe_layer.rows import sort_rows_plainly
 from labs.studies.grouped_gemm import apportion
-from labs.studies.study import COLORS, GpuClock, Options, Study, figure, main, plain_table, time_together
+from labs.studies.study import COLORS, GpuClock, Options, Study, figure, main, PlainTable, time_together
 
 import triton
 import triton.language as tl
@@ -549,7 +549,7 @@ def table(figures: dict) -> list[Table | str]:
             parts.append(f"\n[bold]{one['idea']}[/]: {one['status']}")
             continue
         names = list(one["points"][0]["ms"])
-        parts.append(plain_table(
+        parts.append(PlainTable(
             f"{one['idea']} against {one['plain']}, {clock_of(one)}",
             [one["axis"], *(f"{name}, ms" for name in names), "idea's gain"],
             [[f"{point['size']:g}", *(number(point["ms"][name]["p50"]) for name in names),
