@@ -1,8 +1,8 @@
 """How a callable is checked, timed and weighed. No level and no reference has a ruler of its own.
 
 Order is part of the method: gate first (a wrong result gets no time), then warm, then time in
-interleaved rounds with a cold L2, so that a chip that slows as it heats slows everybody alike, and
-profile last, on the chip that the rounds have warmed.
+interleaved rounds with a cold L2, so that a chip that slows as it heats slows everybody alike, then
+profile, on the chip that the rounds have warmed, and last time each under its own load alone.
 """
 
 from __future__ import annotations

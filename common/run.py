@@ -1,4 +1,4 @@
-"""One workload from start to rows: build, gate, warm, time in interleaved rounds, profile."""
+"""One workload from start to rows: build, gate, warm, time in interleaved rounds, profile, time each alone."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ Adds   persistent, warp-specialised grouped GEMMs fed by TMA, with gather, SwiGL
 Why    level 7 still writes and reads 3*R*F values between its GEMMs, sorts in eight launches, and its GEMMs wait for
        their own loads: one set of warps issues a load, waits, multiplies, and stops to store.
 How    kernels in labs/kernels, one job a file, each chosen by the mean rows an expert (labs/kernels/choice.py):
-           producer warp      | claim a tile; TMA weights, cp.async or TMA rows -> ring of 4 stages of 48 KB
+           producer, 1 or 4   | claim a tile; TMA weights, TMA or cp.async rows -> ring of 4 stages of 48 KB
            consumer warps 0-3 | wait full[s] -> wgmma 64x256x64 -> arrive empty[s]; then SwiGLU, store
            consumer warps 4-7 | the same for the tile's other 64 rows
-           spare warps, 2     | up: copy the next tiles' tokens to sorted rows; down: sum the columns done before
+           spare warps, 2     | down: sum the columns done before; up of wide experts: copy the next tiles' rows
        Stores go straight from registers: by TMA they need a buffer, whose memory a fourth stage uses better.
        Few rows an expert: weights take wgmma's tall side, each read once. Row tiles of an expert are neighbours in
        time, so its weights are read from memory once and shared in L2.

@@ -137,12 +137,12 @@ def test_a_gradient_that_there_is_none_of_is_refused(device):
 @pytest.mark.parametrize(("name", "T", "expected"), [
     ("qwen3-30b-a3b", 16384, True), ("qwen3-30b-a3b", 8192, True), ("qwen3-30b-a3b", 4096, False),
     ("mixtral-8x7b", 8192, True), ("mixtral-8x7b", 4096, False), ("olmoe-1b-7b", 16384, True),
-    ("sonic-30b", 32768, True), ("deepseek-v3", 4096, False), ("deepseek-v3", 16384, True),
+    ("sonic-30b", 32768, True), ("deepseek-v3", 4096, False), ("deepseek-v3", 16384, True), ("seed", 8192, False),
 ])
 def test_where_the_sum_runs_beside_down(name, T, expected):
     cfg = preset(name)
-    assert down_combine.pays(T * cfg.K, cfg.E, cfg.K) == expected
-    assert not down_combine.pays(T * cfg.K, cfg.E, down_combine.MOST_CHOICES + 1)
+    assert down_combine.pays(T * cfg.K, cfg.D, cfg.E, cfg.K) == expected
+    assert not down_combine.pays(T * cfg.K, cfg.D, cfg.E, down_combine.MOST_CHOICES + 1)
 
 
 BF16 = torch.bfloat16

@@ -222,10 +222,10 @@ def train_down(
 ) -> torch.Tensor:
     """out_TD, the tokens' weighted sums of hidden_RF through down_EDF. h_R2F is for the backward, which needs no
     hidden_RF."""
-    R, E = token_of_row_R.numel(), down_EDF.shape[0]
+    R, (E, D, _) = token_of_row_R.numel(), down_EDF.shape
     tile, plan = _plan(hidden_RF, offsets_E1, R)
     if (first_of_token_T1 is None and has_warp_roles(tile, down_EDF, R) and not _is_distributed()
-            and down_combine.pays(R, E, row_of_entry.shape[1])):
+            and down_combine.pays(R, D, E, row_of_entry.shape[1])):
         return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_entry, scores, sm_count(hidden_RF.device))
     y_RD = multiply_rows(hidden_RF, offsets_E1, down_EDF, plan, tile, transposed=True)
     return _sum_rows(y_RD, scores, offsets_E1, row_of_entry, first_of_token_T1)

@@ -2,9 +2,9 @@
 
     hidden (R, F) --> [down] --> y (R, D) --gather-and-sum--> out (T, D)
 
-What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns, each half as wide as the one before,
-       all experts of a band before the next one, and combine.py's sum of a band's columns while the next band is
-       multiplied. The last band's sum is left to combine.py.
+What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns, each as wide as what follows hides its
+       sum (edges_for), all experts of a band before the next one, and combine.py's sum of a band's columns while the
+       next band is multiplied. The last band's sum is left to combine.py.
 Why    The combine waits for memory, the GEMM for the tensor cores: one after the other, each leaves the other's idle.
 How    64 spare threads copy a token's K rows, 512 columns of each, into a ring of their own, some tokens ahead
        (cp.async, no registers), and before that the rows' numbers, and add them up in float32.
@@ -65,10 +65,10 @@ COLUMNS = 512  # of a token that the combiner sums at a time: 16 bytes a thread 
 SLOTS = 32  # rows of the combiner's ring, 1 KB each: what the GEMM's ring leaves of shared memory
 MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more would not fit into registers
 
-# Rows, and rows an expert, from which the sum beside the GEMM was faster than one after it (LOG.md). With fewer, the
+# Rows, and rows an expert, from which the sum beside the GEMM was no slower than one after it (LOG.md). With fewer, the
 # GEMM waits for memory itself, and reading hidden once a band costs more than the sum.
 LEAST_ROWS, LEAST_MEAN_ROWS = 16384, 512
-HIDING = 4096  # K * F whose multiply takes half as long again as the sum of K rows, by reckoning (row 23 of LOG.md)
+HIDING = 4096  # K * F whose multiply takes half as long again as the sum of K rows, as LOG.md reckons
 
 _BANDS = gl.constexpr(BANDS)
 _SLOTS = gl.constexpr(SLOTS)
@@ -251,17 +251,18 @@ def down_combine_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------ launcher
-def pays(R: int, E: int, K: int) -> bool:
-    """Whether R rows of E experts are better summed beside the GEMM than after it. Measured on an H200 (LOG.md)."""
-    return K <= MOST_CHOICES and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
+def pays(R: int, D: int, E: int, K: int) -> bool:
+    """Whether R rows of E experts are better summed beside the GEMM than after it. Measured on an H200 (LOG.md). Up to
+    COLUMNS columns are one band, whose sum has nothing to run beside."""
+    return K <= MOST_CHOICES and D > COLUMNS and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
 
 
 def edges_for(D: int, F: int, K: int) -> tuple[int, int, int]:
     """The first column tiles of bands 2 to 4; where there is none, the end of the last.
 
     Each band takes of the columns that are left, in whole blocks of the combiner's, as many as can be summed while the
-    rest is multiplied, half or more: a column of a token takes K * F steps of the multiply, and its sum no longer than
-    HIDING of them. So bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
+    rest is multiplied, or half: a column of a token takes K * F steps of the multiply, and its sum less than HIDING of
+    them. So bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
     """
     tiles, edges, steps = triton.cdiv(D, BLOCK_N), [0], max(K * F, HIDING)
     for _ in range(BANDS - 1):

@@ -133,8 +133,8 @@ def experts_combined(
 ) -> Tensor:
     """combine(experts(...), ...): out_TD. With the kernels IN_TILES and many rows most of the sum runs beside the down
     projection."""
-    if kernels not in IN_TILES or not down_combine.pays(token_of_row_R.numel(), down_EDF.shape[0],
-                                                        row_of_slot_TK.shape[1]):
+    E, D, _ = down_EDF.shape
+    if kernels not in IN_TILES or not down_combine.pays(token_of_row_R.numel(), D, E, row_of_slot_TK.shape[1]):
         y_RD = experts(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, kernels, group, tile)
         return combining.combine(y_RD, row_of_slot_TK, scores_TK)
     hidden_RF = x.new_empty(token_of_row_R.numel(), down_EDF.shape[2])
