@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 from torch.nn.functional import grouped_mm, silu
 from torch.utils.checkpoint import checkpoint
 
@@ -39,12 +38,12 @@ from labs.moe_layer.memory import measure_kept_bytes
 from labs.studies.study import (
     COLORS,
     Options,
+    PlainTable,
     Refused,
     Study,
     figure,
     legend_above,
     main,
-    PlainTable,
     positive,
     time_together,
 )
@@ -228,7 +227,7 @@ def title(shape: dict) -> str:
     return f"{shape['config']}, T={shape['shape']['T']}"
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """A row an implementation of each shape."""
     headings = ["", "forward ms", "fwd + bwd ms", "p20 to p80", "TFLOP/s", "speedup", "kept MiB", "saved", "peak MiB",
                 "worst error"]

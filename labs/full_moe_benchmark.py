@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from rich.table import Table
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from common.config import DEFAULT_TOKENS, PRESETS, MoEConfig, Workload, dtype_name, preset
@@ -39,7 +38,7 @@ from labs.full_moe import OptimizedMoELayer
 from labs.moe_layer.definition import errors_against_definition, kept_experts
 from labs.moe_layer.huggingface import share_parameters
 from labs.moe_layer.memory import measure_kept_bytes
-from labs.studies.study import COLORS, Options, Refused, Study, figure, legend_above, main, PlainTable, positive
+from labs.studies.study import COLORS, Options, PlainTable, Refused, Study, figure, legend_above, main, positive
 
 # T tokens, D model width, F expert width, E experts, K top-k.
 
@@ -238,7 +237,7 @@ def main_ms(row: dict, mode: str) -> float | None:
     return spread["p50"] if spread else None
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """One row a step."""
     mode, shape = figures["mode"], figures["shape"]
     training = mode == "train"

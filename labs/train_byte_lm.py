@@ -17,11 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from labs.studies.byte_lm import LARGE, SMALL, TrainingRun, moe_factory, train
-from labs.studies.study import COLORS, Options, Study, figure, main, PlainTable, positive
+from labs.studies.study import COLORS, Options, PlainTable, Study, figure, main, positive
 
 OPTIMIZED, LOOP = "optimized", "eager loop"
 # Nothing is dropped, so that backends compute the same function; what differs is named.
@@ -66,7 +65,7 @@ def at_end(values: list[float]) -> float:
     return statistics.fmean(values[-LAST:])
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """A row a run."""
     rows = [[name, run.get("backend") or "-", f"{at_end(run['losses']):.3f}", f"{run['evaluations'][-1][1]:.3f}",
              f"{run['gini'][0]:.2f}", f"{at_end(run['gini']):.2f}", f"{at_end(run['max_over_mean']):.2f}",

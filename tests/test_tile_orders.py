@@ -184,7 +184,7 @@ def test_all_cases_go_through(torch_gemms, monkeypatch, device):
     assert len(said) == len(record["figures"]["cases"]) == 6
     assert record["conclusion"].startswith("Over 12 GEMMs")
     table, _ = tile_orders.table(record["figures"])
-    assert table.row_count == 12
+    assert len(table.rows) == 12
 
 
 def test_recorded_sentences_are_those_of_todays_code():

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from common.config import MoEConfig, Workload, preset
@@ -152,7 +151,7 @@ def cell(plain: dict, other: dict, gained: float) -> str:
     return f"{number(other['p50'])} {gained:+.1%}{'' if overlap else '*'}"
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[study.PlainTable | str]:
     """A row a GEMM of a case: plain order's milliseconds, then each order's with its gain."""
     rows = [[f"{case['preset']} {case['T']} {case['routing']}", f"{case['small']}, {case['empty']}", gemm,
              "{} ({} to {})".format(*(number(times[PLAIN][key]) for key in ("p50", "p20", "p80"))),

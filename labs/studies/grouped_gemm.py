@@ -30,7 +30,6 @@ import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.pyplot import get_cmap
-from rich.table import Table
 from torch.nn.functional import grouped_mm
 
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
@@ -43,10 +42,10 @@ from labs.studies.study import (
     COLORS,
     GpuClock,
     Options,
+    PlainTable,
     Study,
     figure,
     main,
-    PlainTable,
     rate,
     spread_line,
     time_together,
@@ -396,14 +395,14 @@ def cell(method: dict) -> str:
     return ", ".join(parts)
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """One table a sweep, a row a method."""
-    parts: list[Table | str] = []
+    parts: list[PlainTable | str] = []
     for key, head in (("by_skew", "load"), ("by_experts", "experts")):
         columns = [f"{head} {point.get('label', point['E'])}" for point in figures[key]]
         rows = [[name, *(cell(point["methods"][name]) for point in figures[key])] for name in METHODS]
         parts.append(PlainTable(f"R={figures['R']:,} N={figures['N']:,} K={figures['K']:,}; full: rows over rows of "
-                                 f"their tiles", ["", *columns], rows))
+                                f"their tiles", ["", *columns], rows))
     for name, one in figures["schedules"].items():
         parts.append(f"{name}: {len(one['sm']):,} tiles in {number(one['span_us'])} us, SMs idle "
                      f"{percent(one['idle_share'])} of it")

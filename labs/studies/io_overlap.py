@@ -28,7 +28,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from rich.table import Table
 
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
 from common.measure import relative_error
@@ -52,7 +51,7 @@ from labs.kernels.roles import (
 )
 from labs.kernels.tiles import ROWS, plan_tiles
 from labs.kernels.routing import sm_count
-from labs.studies.study import COLORS, GpuClock, Options, Study, figure, main, PlainTable, rate, time_together
+from labs.studies.study import COLORS, GpuClock, Options, PlainTable, Study, figure, main, rate, time_together
 
 import triton
 import triton.language as tl
@@ -438,7 +437,7 @@ def name_of(variant: dict) -> str:
     return f"{variant['roles']}, {variant['loads']}, width {variant['block_N']}, depth {variant['depth']}"
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """A row a variant: times of its parts, what of them overlaps."""
     rows = []
     for variant in figures["variants"]:
@@ -449,7 +448,7 @@ def table(figures: dict) -> list[Table | str]:
         rows.append([name_of(variant), *(number(ms[part]["p50"]) for part in PARTS),
                      number(variant["tflops"]["p50"]), percent(overlap(variant))])
     words = " (Triton's interpreter: times mean nothing)" if figures["interpreted"] else ""
-    parts: list[Table | str] = [PlainTable(
+    parts: list[PlainTable | str] = [PlainTable(
         f"{figures['E']} experts, R={figures['R']:,} N={figures['N']:,} K={figures['K']:,}, row tiles of "
         f"{figures['block_M']}{words}", ["roles, loads, width, depth", *(f"{part}, ms" for part in PARTS), "TFLOP/s",
                                          "overlapped"], rows)]

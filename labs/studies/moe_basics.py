@@ -15,14 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from common.config import PRESETS, ROUTING_MODES, MoEConfig, Workload, dtype_name, preset
 from common.measure import WallClock, gate
 from common.model import Weights, make_inputs, make_weights, oracle
 from common.show import number, percent
 from labs import level0_naive as level0
-from labs.studies.study import COLORS, Options, Study, figure, main, PlainTable, time_together
+from labs.studies.study import COLORS, Options, PlainTable, Study, figure, main, time_together
 
 # T tokens, D model width, F expert width, E experts, K top-k. A tensor's suffix is its shape.
 
@@ -125,10 +124,11 @@ def vector(values: list[float]) -> str:
     return "(" + ", ".join(f"{value:+.2f}" for value in values) + ")"
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """The small batch line by line, then shapes, times and loads of the large one."""
     book, shape = figures["book"], figures["shape"]
-    parts: list[Table | str] = ["\n[bold]Three tokens, three experts, top 2[/]: out = sum over chosen e of score * y_e"]
+    parts: list[PlainTable | str] = [
+        "\n[bold]Three tokens, three experts, top 2[/]: out = sum over chosen e of score * y_e"]
     for t, x_D in enumerate(book["x"]):
         parts.append(f"token {t}: x = {vector(x_D)}   1. router: logits {vector(book['logits'][t])}, softmax "
                      f"{vector(book['probabilities'][t])}")

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from rich.table import Table
 
 from common.charts import ROUNDED
 from common.config import PRESETS, Workload, dtype_name, preset
@@ -28,7 +27,7 @@ from common.peers import PEERS
 from common.references import BOUND, REFERENCES
 from common.run import run_workload
 from common.show import number, percent, status_text
-from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, PlainTable
+from labs.studies.study import COLORS, Options, PlainTable, Study, figure, legend_above, main
 
 FEATURES = ("forward", "backward", "routes itself", "gather in the GEMM", "SwiGLU in the GEMM", "token rounding",
             "FP8 or FP4", "several GPUs", "runs below sm_90")
@@ -112,23 +111,23 @@ def measure(options: Options) -> dict:
             "roofline_ms": run.roofline_ms}
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """Times; how to get each; what each can do, and with what source."""
     words = " ".join(f"{letter}={value}" for letter, value in figures["shape"].items())
     timed = PlainTable(f"{figures['preset']}, {words}, {figures['dtype']}", ["", "rel. error", "wall ms", "p20 to p80",
-                                                                             "GPU ms", "peak MiB", "of two bare bmm"],
-                        [[row["name"], "-" if row["rel_err"] is None else f"{row['rel_err']:.1e}",
-                          number(row["ms"]["p50"]) if row["ms"] else row["shown"],
-                          f"{number(row['ms']['p20'])} to {number(row['ms']['p80'])}" if row["ms"] else "",
-                          number(row["gpu_ms"]), number(row["peak_mib"]), percent(row["bound_share"])]
-                         for row in figures["rows"]])
-    parts: list[Table | str] = [timed]
+                                                                            "GPU ms", "peak MiB", "of two bare bmm"],
+                       [[row["name"], "-" if row["rel_err"] is None else f"{row['rel_err']:.1e}",
+                         number(row["ms"]["p50"]) if row["ms"] else row["shown"],
+                         f"{number(row['ms']['p20'])} to {number(row['ms']['p80'])}" if row["ms"] else "",
+                         number(row["gpu_ms"]), number(row["peak_mib"]), percent(row["bound_share"])]
+                        for row in figures["rows"]])
+    parts: list[PlainTable | str] = [timed]
     parts += [f"{row['name']}: {row['reason']}" for row in figures["rows"] if row["status"] == "not installed"]
     parts.append(PlainTable("How to get it, and what only it has", ["library", "install", "only here", "source"],
-                             [[one.name, one.install, one.only, one.source] for one in LIBRARIES]))
+                            [[one.name, one.install, one.only, one.source] for one in LIBRARIES]))
     parts.append(PlainTable("What each can do (read, not run: see its source)", ["", *(one.name for one in LIBRARIES)],
-                             [[feature, *(WORDS[one.has[place]] for one in LIBRARIES)]
-                              for place, feature in enumerate(FEATURES)]))
+                            [[feature, *(WORDS[one.has[place]] for one in LIBRARIES)]
+                             for place, feature in enumerate(FEATURES)]))
     return parts
 
 

@@ -18,14 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from common.config import PRESETS, Workload, dtype_name, preset
 from common.level import discover  # first of those that import Triton: it picks its interpreter without a GPU
 from common.measure import WallClock, gate, profile_call
 from common.model import make_inputs, make_weights, oracle
 from common.show import number, percent
-from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, PlainTable, time_together
+from labs.studies.study import COLORS, Options, PlainTable, Study, figure, legend_above, main, time_together
 
 # T tokens.
 
@@ -113,7 +112,7 @@ def by_kind(run: dict) -> dict[str, float]:
     return found
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """Kinds of work by run, then each run's heaviest kernels."""
     runs = figures["runs"]
     heads = [f"{run['level']}, T={run['T']:,}" for run in runs]
@@ -122,7 +121,7 @@ def table(figures: dict) -> list[Table | str]:
             ["GPU-busy ms", *(number(run["busy_ms"]) for run in runs)],
             ["launches", *(str(run["launches"]) for run in runs)],
             *([kind, *(number(one[kind]) for one in kinds)] for kind in (*KINDS, REST))]
-    parts: list[Table | str] = [PlainTable(f"{figures['preset']}, {figures['dtype']}", ["ms", *heads], rows)]
+    parts: list[PlainTable | str] = [PlainTable(f"{figures['preset']}, {figures['dtype']}", ["ms", *heads], rows)]
     for head, run in zip(heads, runs, strict=True):
         parts.append(PlainTable(head, ["kernel", "kind", "calls", "ms", "share"], [
             [kernel["name"][:70], kernel["kind"], str(kernel["count"]), number(kernel["ms"]),

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from common.config import ROUTING_MODES, MoEConfig, Workload
 from common.model import make_inputs, make_weights
@@ -27,7 +26,7 @@ from labs.moe_layer.losses import count_rows
 from labs.moe_layer.router import Router
 from labs.moe_layer.statistics import evenness
 from labs.studies.byte_lm import SMALL, Size, moe_factory, train
-from labs.studies.study import COLORS, Options, Study, figure, main, PlainTable
+from labs.studies.study import COLORS, Options, PlainTable, Study, figure, main
 
 # T tokens, E experts, K top-k.
 
@@ -145,31 +144,31 @@ def final_gini(remedy: dict) -> list[float]:
     return [statistics.fmean(run[-max(1, len(run) // 10):]) for run in remedy["gini"]]
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """Temperatures, loads, capacity, remedies."""
     shape = f"T={figures['T']:,} E={figures['E']} K={figures['K']}"
     remedies = figures["training"]["remedies"]
     return [
         PlainTable(f"Temperature, {shape}", ["temperature", "tokens with the same choice as at 1", "best score",
-                                              "router entropy, nats"],
-                    [[f"{one['temperature']:g}", percent(one["same_choice"]), f"{one['top_score']:.3f}",
-                      f"{one['router_entropy']:.3f}"] for one in figures["temperatures"]]),
+                                             "router entropy, nats"],
+                   [[f"{one['temperature']:g}", percent(one["same_choice"]), f"{one['top_score']:.3f}",
+                     f"{one['router_entropy']:.3f}"] for one in figures["temperatures"]]),
         PlainTable(f"Load, {shape}", ["routing", "entropy / log E", "Gini", "CV", "max / mean", "min / mean"],
-                    [[mode, *(f"{one[key]:.3f}" for key in ("entropy", "gini", "cv", "max_over_mean",
-                                                            "min_over_mean"))]
-                     for mode, one in figures["loads"].items()]),
+                   [[mode, *(f"{one[key]:.3f}" for key in ("entropy", "gini", "cv", "max_over_mean",
+                                                           "min_over_mean"))]
+                    for mode, one in figures["loads"].items()]),
         PlainTable("Dropped by a capacity (rows; share of all scores): weakest scores first, or last in the batch",
-                    ["capacity factor", *(f"{mode}, {how.replace('_', ' ')}" for mode in figures["capacity"]
-                                          for how in ("by_score", "by_position"))],
-                    [[f"{factor:g}", *(f"{one[place][how]['rows']:.1%}; {one[place][how]['score']:.1%}"
-                                       for one in figures["capacity"].values() for how in ("by_score", "by_position"))]
-                     for place, factor in enumerate(FACTORS)]),
+                   ["capacity factor", *(f"{mode}, {how.replace('_', ' ')}" for mode in figures["capacity"]
+                                         for how in ("by_score", "by_position"))],
+                   [[f"{factor:g}", *(f"{one[place][how]['rows']:.1%}; {one[place][how]['score']:.1%}"
+                                      for one in figures["capacity"].values() for how in ("by_score", "by_position"))]
+                    for place, factor in enumerate(FACTORS)]),
         PlainTable(f"Trainings, {figures['training']['steps']} steps, {figures['training']['seeds']} seeds",
-                    ["remedy", "Gini, first step", "Gini, last tenth (each seed)", "held-out nats a byte (each seed)"],
-                    [[name, f"{statistics.fmean(run[0] for run in one['gini']):.3f}",
-                      ", ".join(f"{value:.3f}" for value in final_gini(one)),
-                      ", ".join(f"{value:.3f}" for value in one["held_out_loss"])]
-                     for name, one in remedies.items()]),
+                   ["remedy", "Gini, first step", "Gini, last tenth (each seed)", "held-out nats a byte (each seed)"],
+                   [[name, f"{statistics.fmean(run[0] for run in one['gini']):.3f}",
+                     ", ".join(f"{value:.3f}" for value in final_gini(one)),
+                     ", ".join(f"{value:.3f}" for value in one["held_out_loss"])]
+                    for name, one in remedies.items()]),
     ]
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -54,7 +55,7 @@ class Study:
     name: str
     question: str
     measure: Callable[[Options], dict]
-    table: Callable[[dict], list[Table | str]]
+    table: Callable[[dict], list[PlainTable | str]]
     draw: Callable[[dict, str], dict[str, Figure]]
     conclude: Callable[[dict], str]
     label: Callable[[dict], str] = lambda figures: ""
@@ -104,7 +105,7 @@ def main(study: Study, argv: list[str] | None = None) -> int:
 class Refused(RuntimeError):
     """A study's inputs lead to a result that cannot be; the message says by how much. parts: what to print first."""
 
-    def __init__(self, message: str, parts: Iterable[Table | str] = ()):
+    def __init__(self, message: str, parts: Iterable[PlainTable | str] = ()):
         super().__init__(message)
         self.parts = tuple(parts)
 
@@ -273,24 +274,25 @@ def spread_line(ax: Axes, xs: list, spreads: list[dict | None], label: str, colo
     ax.fill_between(places, [s["p20"] for _, s in known], [s["p80"] for _, s in known], color=color, alpha=0.2, lw=0)
 
 
-class PlainTable(Table):
+@dataclass(frozen=True)
+class PlainTable:
     """A table whose first column is text and whose others are figures. Where there is no room for all columns, it is
     shown as several, each with the first column. So figures are whole, and words of up to LONGEST characters."""
 
-    FIGURE, LONGEST = 16, 30  # characters of a cell up to which it is one figure, as "1.00 to 1.05" is
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
 
-    def __init__(self, title: str, headings: list[str], rows: list[list[str]]):
-        super().__init__(*headings, title=title, title_justify="left")
-        for row in rows:
-            self.add_row(*row)
-        self.cells = [list(column) for column in zip(headings, *rows, strict=True)]
+    FIGURE: ClassVar = 16  # characters of a cell up to which it is one figure, as "1.00 to 1.05" is
+    LONGEST: ClassVar = 30
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        most = [max(map(cell_len, column)) for column in self.cells]
+        columns = list(zip(self.headings, *self.rows, strict=True))
+        most = [max(map(cell_len, column)) for column in columns]
         least = [min(self.LONGEST, most[place] if place == 0 else max(map(self._least, column)))
-                 for place, column in enumerate(self.cells)]
+                 for place, column in enumerate(columns)]
         parts: list[list[int]] = [[0]]
-        for place in range(1, len(self.cells)):
+        for place in range(1, len(columns)):
             if len(parts[-1]) > 1 and self._width(least, [*parts[-1], place]) > options.max_width:
                 parts.append([0])
             parts[-1].append(place)
@@ -300,16 +302,15 @@ class PlainTable(Table):
             for place in places:
                 more = min(spare, most[place] - least[place])
                 spare -= more
-                heading, *_ = self.cells[place]
-                table.add_column(heading, justify="right" if place else "left", overflow="fold",
+                table.add_column(self.headings[place], justify="right" if place else "left", overflow="fold",
                                  width=least[place] + more)
-            for row in zip(*(self.cells[place][1:] for place in places), strict=True):
-                table.add_row(*row)
+            for row in self.rows:
+                table.add_row(*(row[place] for place in places))
             yield table
 
     def _least(self, cell: str) -> int:
         """How narrow a cell can be."""
-        return cell_len(cell) if cell_len(cell) <= self.FIGURE else max(map(cell_len, cell.split()))
+        return cell_len(cell) if cell_len(cell) <= self.FIGURE else max(map(cell_len, cell.split()), default=0)
 
     @staticmethod
     def _width(widths: list[int], places: list[int]) -> int:

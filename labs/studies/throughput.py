@@ -22,12 +22,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from common.config import MoEConfig, preset
 from common.results import Run, load
 from common.show import number, percent
-from labs.studies.study import COLORS, ROOT, Options, Refused, Study, figure, main, PlainTable, shown
+from labs.studies.study import COLORS, ROOT, Options, PlainTable, Refused, Study, figure, main, shown
 
 # D model width, F expert width, E experts, K top-k.
 
@@ -266,7 +265,7 @@ def estimate(args: argparse.Namespace, measured: dict, backward: float) -> dict:
             "parameters_gb": bytes_a_parameter * model.total_billions, "memory_gb": hardware.gigabytes * args.num_gpus}
 
 
-def refuse_above_peak(share: float, what: str, gpus: int, hardware: str, parts: list[Table | str]) -> None:
+def refuse_above_peak(share: float, what: str, gpus: int, hardware: str, parts: list[PlainTable | str]) -> None:
     """Raise Refused, saying by how much, if `what` needs more than the GPUs' peak; `parts` are printed before."""
     if share > 1:
         peak = HARDWARE[hardware].tflops * gpus
@@ -327,9 +326,9 @@ def label(figures: dict) -> str:
     return f"{figures['config']}_{figures['num_gpus']}x{figures['hardware']}_{figures['mode']}"
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """Every assumption, then what follows for the case and the curve."""
-    parts: list[Table | str] = [PlainTable("Assumptions", ["set by", "value"], figures["assumptions"])]
+    parts: list[PlainTable | str] = [PlainTable("Assumptions", ["set by", "value"], figures["assumptions"])]
     points = [figures["case"], *(one for one in figures["curve"] if one["gpus"] != figures["case"]["gpus"])]
     parts.append(PlainTable(
         f"{figures['config']}, {figures['mode']}", ["GPUs", "tokens/s", "tokens/day", "days per trillion",

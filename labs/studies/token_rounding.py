@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 from common.config import MoEConfig, preset
@@ -42,10 +41,10 @@ from labs.studies.study import (
     COLORS,
     GpuClock,
     Options,
+    PlainTable,
     Study,
     figure,
     main,
-    PlainTable,
     spread_line,
     time_together,
 )
@@ -247,7 +246,7 @@ def told_routes(routes: dict) -> str:
             f"expert {routes['max_over_mean']:.1f} times the mean")
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """A row a point and mode, and a row a trained mode."""
     rows = []
     for point in figures["speed"]:
@@ -257,7 +256,7 @@ def table(figures: dict) -> list[Table | str]:
                          f"{one['tokens_without_expert']:,}", number(one["gemm_ms"]["p50"]),
                          f"{one['ideal_speedup']:.2f}x", f"{one['speedup']:.2f}x", f"{one['net_speedup']:.2f}x"])
     words = " (Triton's interpreter: times mean nothing)" if figures["interpreted"] else ""
-    parts: list[Table | str] = [PlainTable(
+    parts: list[PlainTable | str] = [PlainTable(
         f"Speed{words}; {told_routes(figures['routes'])}",
         ["tile, mean rows in tiles, mode", "tokens", "tiles full", "dropped", "added", "changed", "tokens left out",
          "GEMMs, ms", "ideal", "measured", "with rounding"], rows)]

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from rich.table import Table
 
 from common.config import MoEConfig, Workload, flops, preset
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
@@ -36,7 +35,7 @@ from common.measure import PeakMemory, WallClock, gate, relative_error
 from common.model import Weights, make_inputs, make_weights, oracle
 from common.show import number
 from labs.full_moe import OptimizedMoELayer
-from labs.studies.study import COLORS, Options, Study, figure, legend_above, main, PlainTable, time_together
+from labs.studies.study import COLORS, Options, PlainTable, Study, figure, legend_above, main, time_together
 
 # T tokens, D model width, F expert width, E experts, K top-k.
 
@@ -196,9 +195,9 @@ def measure(options: Options) -> dict:
 
 # ---- showing -------------------------------------------------------------------------------------
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """A table a size: latency, speedup, memory, of both modes."""
-    parts: list[Table | str] = []
+    parts: list[PlainTable | str] = []
     for name, size in figures["sizes"].items():
         words = " ".join(f"{letter}={value}" for letter, value in size["shape"].items())
         rows = []
@@ -211,7 +210,7 @@ def table(figures: dict) -> list[Table | str]:
                              f"{number(row['ms']['p20'])} to {number(row['ms']['p80'])}",
                              f"{number(row.get('speedup'))}x", number(row["tflops"]), number(row["peak_mib"])])
         parts.append(PlainTable(f"{name}: {size['preset']}, {words}",
-                                 ["variant (path)", "ms", "p20 to p80", "speedup", "TFLOP/s", "peak MiB"], rows))
+                                ["variant (path)", "ms", "p20 to p80", "speedup", "TFLOP/s", "peak MiB"], rows))
     return parts
 
 

@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 from torch.nn.functional import grouped_mm, silu
 
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
@@ -44,7 +43,7 @@ from labs.kernels.routing import sm_count
 from labs.kernels.tiles import spread_rows
 from labs.moe_layer.rows import sort_rows_plainly
 from labs.studies.grouped_gemm import apportion
-from labs.studies.study import COLORS, GpuClock, Options, Study, figure, main, PlainTable, time_together
+from labs.studies.study import COLORS, GpuClock, Options, PlainTable, Study, figure, main, time_together
 
 import triton
 import triton.language as tl
@@ -541,9 +540,9 @@ def clock_of(one: dict) -> str:
     return one.get("clock", "wall time")
 
 
-def table(figures: dict) -> list[Table | str]:
+def table(figures: dict) -> list[PlainTable | str]:
     """A row a size of every sweep; under it where it turns, and the reason."""
-    parts: list[Table | str] = []
+    parts: list[PlainTable | str] = []
     for one in figures["ideas"]:
         if one["status"] != "ok":
             parts.append(f"\n[bold]{one['idea']}[/]: {one['status']}")
