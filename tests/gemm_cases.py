@@ -29,6 +29,11 @@ CASES = (
     Case("three choices, several bands, the ring more than once", T=1500, D=2056, F=72, E=6, K=3),
     Case("several blocks a band", T=200, D=4104, F=64, E=4, K=2),
     Case("one token, several bands", T=1, D=4104, F=64, E=4, K=2),
+    Case("stored late, several bands, odd sizes", T=1000, D=1288, F=392, E=8, K=8),
+    Case("stored late, fewer tokens than programs", T=70, D=2048, F=320, E=16, K=5),
+    Case("stored late, a step for each part", T=1501, D=136, F=264, E=5, K=3),
+    Case("stored late, one expert takes all rows", T=1400, D=4104, F=520, E=8, K=1, routing="one_hot"),
+    Case("stored late, empty experts", T=512, D=2056, F=328, E=16, K=4, routing="sparse"),
     Case("more than 2 to the 31 elements", T=40000, D=8192, F=256, E=8, K=8),
 )
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.combine import combine
-from labs.kernels.grouped_gemm import down_operands, store_y, store_y_dealt
+from labs.kernels.grouped_gemm import consume_y, down_operands
 from labs.kernels.roles import (
     BLOCK_N,
     LAUNCH,
@@ -41,14 +41,13 @@ from labs.kernels.roles import (
     _WARPGROUPS,
     band_of,
     edge_of,
-    listen,
-    multiply_share,
     open_barriers,
     open_ring,
     produce_rows,
     sync_threads,
     walk_tiles,
 )
+from labs.kernels.late_store import Y_PARTS, finishes_late
 from labs.kernels.launch import require
 from labs.kernels.tiles import BANDS, TilePlan
 
@@ -84,22 +83,6 @@ def leave_bands(stored, first, end):
     sync_threads()  # one thread arrives, for all that have stored
     for band in gl.static_range(_BANDS):
         mbarrier.arrive(stored.index(band), pred=(first <= band) & (band < end))
-
-
-@gluon.jit
-def consume(y_ptr, D, k_steps, ring, stored, finish: gl.constexpr, WG: gl.constexpr):
-    """roles.py's consume, which says when this program gets no more tiles of a band."""
-    stage = 0
-    phase = 0
-    left = 0
-    row, used, column, band = listen(ring, stage, phase)
-    while used > 0:
-        if band > left:
-            leave_bands(stored, left, band)
-        left = band
-        stage, phase = multiply_share(y_ptr, D, row, used, column, k_steps, stage, phase, ring, finish, WG, False)
-        row, used, column, band = listen(ring, stage, phase)
-    leave_bands(stored, left, _BANDS)
 
 
 # ------------------------------------------------------------------------------------------------------ combiner
@@ -225,6 +208,7 @@ def down_combine_kernel(
     fourth,
     TOP_K: gl.constexpr,
     CHOICES: gl.constexpr,
+    LATE: gl.constexpr,
 ):
     """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8; second, third
     and fourth the first column tiles of these bands (edge_of in roles.py); CHOICES the power of 2 from TOP_K on.
@@ -232,7 +216,8 @@ def down_combine_kernel(
     Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 256 columns, and every grid-th
     token.
     """
-    finish: gl.constexpr = store_y_dealt if len(down_desc.block_type.shape) == 5 else store_y
+    dealt: gl.constexpr = len(down_desc.block_type.shape) == 5
+    leave: gl.constexpr = leave_bands
     ring = open_ring(1)
     stored = open_barriers(_BANDS, _WARPGROUPS)
     slots = gl.allocate_shared_memory(gl.bfloat16, [_SLOTS // CHOICES, CHOICES, _COLUMNS], _FLAT)
@@ -242,12 +227,12 @@ def down_combine_kernel(
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
     edges = second, third, fourth, walk[2]
     gl.warp_specialize([
-        (consume, (y_ptr, D, walk[3], ring, stored, finish, 0)),
-        (consume, (y_ptr, D, walk[3], ring, stored, finish, 1)),
+        (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 0, leave, stored)),
+        (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 1, leave, stored)),
         (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk[2], edges, stored,
                          slots, rows_of, scores_of, TOP_K)),
         (produce_rows, (hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring)),
-    ], [4, 2, 1], [208, 88, 88])
+    ], [4, 2, 1], [224, 56, 56])
 
 
 # ------------------------------------------------------------------------------------------------------ launcher
@@ -296,6 +281,7 @@ def down_combine(
     edges = edges_for(D, hidden_RF.shape[1], K)
     down_combine_kernel[(programs,)](
         plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, TOP_K=K,
-        CHOICES=triton.next_power_of_2(K), launch_cooperative_grid=True, **LAUNCH)
+        CHOICES=triton.next_power_of_2(K), LATE=finishes_late(hidden_RF.shape[1], Y_PARTS),
+        launch_cooperative_grid=True, **LAUNCH)
     last = max((edge for edge in edges if edge * BLOCK_N < D), default=0)
     return combine(y_RD, row_of_slot_TK, scores_TK, out_TD, last * BLOCK_N)

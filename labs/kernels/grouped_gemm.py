@@ -17,19 +17,37 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.gathering import produce_gathered
+from labs.kernels.late_store import (
+    HIDDEN_PARTS,
+    Y_PARTS,
+    _HIDDEN_PARTS,
+    _Y_PARTS,
+    consume_late,
+    finishes_late,
+    keep_y,
+    no_y,
+    store_pairs,
+    store_pairs_dealt,
+    store_y_part,
+)
 from labs.kernels.roles import (
     BLOCK_K,
     BLOCK_N,
     LAUNCH,
+    _ACC_EIGHTH,
     _ACC_HALF,
+    _ACC_QUARTER,
     _BLOCK_N,
     _ROWS,
     _SWIZZLED_3D,
     _WIDE_128,
     _WIDE_256,
+    _WIDE_32,
+    _WIDE_64,
     consume,
     describe,
     describe_weights,
+    halves,
     one_band,
     open_ring,
     produce_rows,
@@ -63,25 +81,41 @@ _SILU_MUL = gl.constexpr("""{
 
 
 @gluon.jit
-def swiglu(pairs, layout: gl.constexpr):
-    """Pairs of gate and up, which sit in one thread's registers -> hidden (64, 128)."""
+def swiglu(pairs, columns: gl.constexpr, layout: gl.constexpr):
+    """Pairs of gate and up, which sit in one thread's registers -> hidden (64, columns)."""
     gate, up = pairs.split()
     hidden = gl.inline_asm_elementwise(_SILU_MUL, "=f,=f,f,f,f,f", [gate, up], dtype=gl.float32, is_pure=True, pack=2)
-    return gl.convert_layout(hidden.reshape([_ROWS, _BLOCK_N // 2]), layout).to(gl.bfloat16)
+    return gl.convert_layout(hidden.reshape([_ROWS, columns]), layout).to(gl.bfloat16)
+
+
+@gluon.jit
+def store_columns(hidden_ptr, F, acc, row, column, end):
+    """64, 128 or 256 of gate and up columns, in alternating blocks of 8, -> half as many of hidden."""
+    N: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = _ACC_HALF if N == 256 else _ACC_QUARTER if N == 128 else _ACC_EIGHTH
+    pairs = acc.reshape([_ROWS, N // 16, 2, 8]).permute((0, 1, 3, 2))
+    store_rows(hidden_ptr, swiglu(pairs, N // 2, layout), row, column, F, F, end)
+
+
+@gluon.jit
+def store_columns_dealt(hidden_ptr, F, acc, row, column, end):
+    """store_columns of weights that TMA has dealt out: (b, gate or up, j, q, p) of a column -> 32 b + 8 q + 2 j + p."""
+    N: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = _WIDE_128 if N == 256 else _WIDE_64 if N == 128 else _WIDE_32
+    pairs = acc.reshape([_ROWS, N // 64, 2, 4, 4, 2]).permute((0, 1, 4, 3, 5, 2))
+    store_wide(hidden_ptr, swiglu(pairs, N // 2, layout), row, column, F, F, end)
 
 
 @gluon.jit
 def store_hidden(hidden_ptr, F, acc, row, column_tile, end):
     """Epilogue of up: 64x256 of gate and up columns, in alternating blocks of 8, -> 64x128 of hidden."""
-    pairs = acc.reshape([_ROWS, _BLOCK_N // 16, 2, 8]).permute((0, 1, 3, 2))
-    store_rows(hidden_ptr, swiglu(pairs, _ACC_HALF), row, column_tile * (_BLOCK_N // 2), F, F, end)
+    store_columns(hidden_ptr, F, acc, row, column_tile * (_BLOCK_N // 2), end)
 
 
 @gluon.jit
 def store_hidden_dealt(hidden_ptr, F, acc, row, column_tile, end):
-    """store_hidden of weights that TMA has dealt out: (b, gate or up, j, q, p) of a column -> 32 b + 8 q + 2 j + p."""
-    pairs = acc.reshape([_ROWS, _BLOCK_N // 64, 2, 4, 4, 2]).permute((0, 1, 4, 3, 5, 2))
-    store_wide(hidden_ptr, swiglu(pairs, _WIDE_128), row, column_tile * (_BLOCK_N // 2), F, F, end)
+    """store_hidden of weights that TMA has dealt out."""
+    store_columns_dealt(hidden_ptr, F, acc, row, column_tile * (_BLOCK_N // 2), end)
 
 
 @gluon.jit
@@ -97,6 +131,62 @@ def store_y_dealt(y_ptr, D, acc, row, column_tile, end):
     store_wide(y_ptr, gl.convert_layout(y, _WIDE_256).to(gl.bfloat16), row, column_tile * _BLOCK_N, D, D, end)
 
 
+# ---------------------------------------------------------------------------------- epilogues, late (late_store.py)
+@gluon.jit
+def no_hidden():
+    """Parts of no tile."""
+    part = gl.zeros([_ROWS, _BLOCK_N // 4], gl.float32, _ACC_QUARTER)
+    return part, part
+
+
+@gluon.jit
+def keep_hidden(hidden_ptr, F8, acc, row, column_tile, end, store: gl.constexpr):
+    """Finish the left half of up's tile; of the right, two parts of 32 columns of hidden wait as gate and up."""
+    left, right = halves(acc)
+    store(hidden_ptr, F8 * 8, left, row, column_tile * (_BLOCK_N // 2), end)
+    part0, part1 = halves(right)
+    return gl.convert_layout(part0, _ACC_QUARTER), gl.convert_layout(part1, _ACC_QUARTER)
+
+
+@gluon.jit
+def store_hidden_part(given, i: gl.constexpr, store: gl.constexpr):
+    """Finish part i of what waits."""
+    hidden_ptr, F8, parts, row, column_tile, end = given
+    column = column_tile * (_BLOCK_N // 2) + _BLOCK_N // 4 + i * (_BLOCK_N // 8)
+    store(hidden_ptr, F8 * 8, parts[i], row, column, end)
+
+
+@gluon.jit
+def consume_hidden(hidden_ptr, F8, k_steps, ring, DEALT: gl.constexpr, LATE: gl.constexpr, WG: gl.constexpr,
+                   GATHERED: gl.constexpr):
+    """A consumer of up. DEALT: weights are dealt out; LATE: a tile's right half is finished late."""
+    if LATE:
+        nothing: gl.constexpr = no_hidden
+        keep: gl.constexpr = keep_hidden
+        finish_part: gl.constexpr = store_hidden_part
+        store: gl.constexpr = store_columns_dealt if DEALT else store_columns
+        consume_late(hidden_ptr, F8, k_steps, ring, nothing, keep, finish_part, store, _HIDDEN_PARTS, WG, GATHERED)
+    else:
+        finish: gl.constexpr = store_hidden_dealt if DEALT else store_hidden
+        consume(hidden_ptr, F8, k_steps, ring, finish, WG, GATHERED)
+
+
+@gluon.jit
+def consume_y(y_ptr, D8, k_steps, ring, DEALT: gl.constexpr, LATE: gl.constexpr, WG: gl.constexpr,
+              leave: gl.constexpr = None, stored=None):
+    """A consumer of down. DEALT: weights are dealt out; LATE: tiles are stored late. leave, stored: consume's."""
+    if LATE:
+        nothing: gl.constexpr = no_y
+        keep: gl.constexpr = keep_y
+        finish_part: gl.constexpr = store_y_part
+        store: gl.constexpr = store_pairs_dealt if DEALT else store_pairs
+        consume_late(y_ptr, D8, k_steps, ring, nothing, keep, finish_part, store, _Y_PARTS, WG, False,
+                     leave, stored)
+    else:
+        finish: gl.constexpr = store_y_dealt if DEALT else store_y
+        consume(y_ptr, D8, k_steps, ring, finish, WG, False, 0, leave, stored)
+
+
 # ------------------------------------------------------------------------------------------------------- kernels
 # D8 and F8 are not specialised: known to divide by 16 they buy nothing, and cost a spill in tall_gemm.py.
 @gluon.jit(do_not_specialize=["D8", "F8"])
@@ -110,17 +200,18 @@ def up_gather_kernel(
     tile_count_ptr,  # (1,) int32
     D8,
     F8,
+    LATE: gl.constexpr,
 ):
     """hidden = silu(x[token] @ gate.T) * (x[token] @ up.T), gather and SwiGLU fused. D8 and F8 are D / 8 and F / 8.
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """
-    finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
+    dealt: gl.constexpr = len(gate_up_desc.block_type.shape) == 5
     ring = open_ring(128 + 1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     gl.warp_specialize([
-        (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, True)),
-        (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, True)),
+        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, True)),
+        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 1, True)),
         (produce_gathered, (x_ptr, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, ring)),
     ], [4, 4], [216, 72])
 
@@ -135,17 +226,18 @@ def up_rows_kernel(
     tile_count_ptr,  # (1,) int32
     D8,
     F8,
+    LATE: gl.constexpr,
 ):
     """hidden = silu(rows @ gate.T) * (rows @ up.T), rows gathered before. D8 and F8 are D / 8 and F / 8.
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """
-    finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
+    dealt: gl.constexpr = len(gate_up_desc.block_type.shape) == 5
     ring = open_ring(1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     gl.warp_specialize([
-        (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, False)),
-        (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, False)),
+        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, False)),
+        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 1, False)),
         (produce_rows, (rows_desc, gate_up_desc, walk, one_band(walk), claimed_ptr, F8 * 16, ring)),
     ], [4, 1], [232, 32])
 
@@ -160,17 +252,18 @@ def down_kernel(
     tile_count_ptr,  # (1,) int32
     D8,
     F8,
+    LATE: gl.constexpr,
 ):
     """y = hidden @ down.T. D8 and F8 are D / 8 and F / 8.
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns. Float32 accumulators.
     """
-    finish: gl.constexpr = store_y_dealt if len(down_desc.block_type.shape) == 5 else store_y
+    dealt: gl.constexpr = len(down_desc.block_type.shape) == 5
     ring = open_ring(1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D8 * 8, F8 * 8)
     gl.warp_specialize([
-        (consume, (y_ptr, D8, walk[3], ring, finish, 0, False)),
-        (consume, (y_ptr, D8, walk[3], ring, finish, 1, False)),
+        (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 0)),
+        (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 1)),
         (produce_rows, (hidden_desc, down_desc, walk, one_band(walk), claimed_ptr, D8 * 8, ring)),
     ], [4, 1], [232, 32])
 
@@ -185,17 +278,17 @@ def straight_kernel(
     tile_count_ptr,  # (1,) int32
     N8,
     K8,
+    LATE: gl.constexpr,
 ):
     """out = rows @ weights. Here N and K are the output's width and the inner one, N8 and K8 an eighth of them.
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns. Float32 accumulators.
     """
-    finish: gl.constexpr = store_y
     ring = open_ring(1, True)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, N8 * 8, K8 * 8)
     gl.warp_specialize([
-        (consume, (out_ptr, N8, walk[3], ring, finish, 0, False)),
-        (consume, (out_ptr, N8, walk[3], ring, finish, 1, False)),
+        (consume_y, (out_ptr, N8, walk[3], ring, False, LATE, 0)),
+        (consume_y, (out_ptr, N8, walk[3], ring, False, LATE, 1)),
         (produce_rows, (rows_desc, weights_desc, walk, one_band(walk), claimed_ptr, K8 * 8, ring)),
     ], [4, 1], [232, 32])
 
@@ -246,7 +339,8 @@ def up_gather(
     operands = up_operands(x_TD, R, gate_up_E2FD, plan, hidden_RF, 128)
     if R > 0:
         plan.count_once("up")
-        up_gather_kernel[(programs,)](x_TD, token_of_row_R, plan.claimed_up, *operands, **LAUNCH)
+        up_gather_kernel[(programs,)](x_TD, token_of_row_R, plan.claimed_up, *operands,
+                                     LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS), **LAUNCH)
 
 
 def up_rows(
@@ -261,7 +355,8 @@ def up_rows(
     operands = up_operands(rows_RD, R, gate_up_E2FD, plan, hidden_RF, 128)
     if R > 0:
         plan.count_once("up")
-        up_rows_kernel[(programs,)](describe(rows_RD, ROWS), plan.claimed_up, *operands, **LAUNCH)
+        up_rows_kernel[(programs,)](describe(rows_RD, ROWS), plan.claimed_up, *operands,
+                                   LATE=finishes_late(rows_RD.shape[1], HIDDEN_PARTS), **LAUNCH)
 
 
 def down(
@@ -275,7 +370,8 @@ def down(
     if hidden_RF.shape[0] > 0:  # TMA describes no empty matrix
         operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
         plan.count_once("down")
-        down_kernel[(programs,)](plan.claimed_down, *operands, **LAUNCH)
+        down_kernel[(programs,)](plan.claimed_down, *operands, LATE=finishes_late(hidden_RF.shape[1], Y_PARTS),
+                                **LAUNCH)
 
 
 def straight(
@@ -295,4 +391,4 @@ def straight(
         plan.count_once("down")
         weights = TensorDescriptor.from_tensor(weights_EKN, [1, BLOCK_K, BLOCK_N], _SWIZZLED_3D.value)
         straight_kernel[(programs,)](plan.claimed_down, describe(rows_RK, ROWS), weights, out_RN, plan.tiles_X5,
-                                     plan.tile_count, N // 8, K // 8, **LAUNCH)
+                                     plan.tile_count, N // 8, K // 8, LATE=finishes_late(K, Y_PARTS), **LAUNCH)

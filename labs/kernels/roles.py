@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.tiles import FIELDS, ROWS
+from labs.kernels.tiles import BANDS, FIELDS, ROWS
 
 from triton.experimental import gluon  # after common.level, which tiles imports
 from triton.experimental.gluon import language as gl
@@ -57,6 +57,7 @@ _FIELDS = gl.constexpr(FIELDS)
 _STAGES = gl.constexpr(4)
 _WARPGROUPS = gl.constexpr(2)
 _TILE_ROWS = gl.constexpr(2 * ROWS)
+_BANDS = gl.constexpr(BANDS)
 _LEAD = gl.constexpr(8)  # K steps before a tile's end at which the next one is claimed: its look-up takes some of them
 _ROW_BYTES = gl.constexpr(ROWS * BLOCK_K * 2)
 _WEIGHT_BYTES = gl.constexpr(BLOCK_N * BLOCK_K * 2)
@@ -87,6 +88,7 @@ def _store_layouts(columns: int) -> tuple[gl.constexpr, gl.constexpr]:
 
 
 _SWAPPED_32, _WIDE_32 = _store_layouts(32)
+_SWAPPED_64, _WIDE_64 = _store_layouts(64)
 _SWAPPED_128, _WIDE_128 = _store_layouts(128)
 _SWAPPED_256, _WIDE_256 = _store_layouts(256)
 
@@ -377,25 +379,41 @@ def weights_of(weights, stage):
 
 
 @gluon.jit
-def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constexpr):
-    """Warpgroup WG's 64x256 float32 accumulator over all K steps, with one wgmma left in flight between steps."""
-    rows, weights, _told, full, empty = ring
-    acc = gl.zeros([_ROWS, _BLOCK_N], gl.float32, _ACC)
-    previous = 0  # not `= stage`: Triton drops a loop-carried name that starts as another's alias
+def multiply_step(ring, stage, phase, acc, WG: gl.constexpr, GATHERED: gl.constexpr, USE_ACC: gl.constexpr = True):
+    """Wait for a stage and multiply it; one wgmma stays in flight."""
+    rows, weights, _told, full, _empty = ring
     mbarrier.wait(full.index(stage), phase)
     if GATHERED:
         fence_async_shared()  # cp.async wrote the rows through the generic proxy, wgmma reads through the other
-    acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights_of(weights, stage), acc, use_acc=False,
+    acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights_of(weights, stage), acc, use_acc=USE_ACC,
                         is_async=True)
-    acc = warpgroup_mma_wait(1, deps=(acc,))
+    return warpgroup_mma_wait(1, deps=(acc,))
+
+
+@gluon.jit
+def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constexpr, STEPS_BESIDE: gl.constexpr = 0,
+             beside: gl.constexpr = None, store: gl.constexpr = None, given=None):
+    """Warpgroup WG's 64x256 float32 accumulator over all K steps, with one wgmma left in flight between steps.
+
+    beside(given, i, store), if given, comes beside step i + 1, for each i below STEPS_BESIDE; k_steps is more than
+    these. It stands after the arrival, while that step's wgmma runs: among the instructions that start one, its stores
+    would hold back the next.
+    """
+    _rows, _weights, _told, _full, empty = ring
+    acc = gl.zeros([_ROWS, _BLOCK_N], gl.float32, _ACC)
+    previous = 0  # not `= stage`: Triton drops a loop-carried name that starts as another's alias
+    acc = multiply_step(ring, stage, phase, acc, WG, GATHERED, False)
     previous += stage
     stage, phase = next_stage(stage, phase, _STAGES)
-    for _ in range(1, k_steps):  # the first step stands outside: with it inside, ptxas serialises the wgmmas
-        mbarrier.wait(full.index(stage), phase)
-        if GATHERED:
-            fence_async_shared()
-        acc = warpgroup_mma(rows.index(stage * _WARPGROUPS + WG), weights_of(weights, stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
+    for i in gl.static_range(STEPS_BESIDE):
+        acc = multiply_step(ring, stage, phase, acc, WG, GATHERED)
+        mbarrier.arrive(empty.index(previous))
+        beside(given, i, store)
+        previous = 0 + stage
+        stage, phase = next_stage(stage, phase, _STAGES)
+    # The first step stands outside: with it inside, ptxas serialises the wgmmas.
+    for _ in range(1 + STEPS_BESIDE, k_steps):
+        acc = multiply_step(ring, stage, phase, acc, WG, GATHERED)
         mbarrier.arrive(empty.index(previous))
         previous = stage
         stage, phase = next_stage(stage, phase, _STAGES)
@@ -437,15 +455,26 @@ def multiply_share(out_ptr, width, row, used, column, k_steps, stage, phase, rin
 
 @gluon.jit
 def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr,
-            MORE_STAGES: gl.constexpr = 0):
-    """Warpgroup WG's share of every tile of this program."""
+            MORE_STAGES: gl.constexpr = 0, leave: gl.constexpr = None, stored=None):
+    """Warpgroup WG's share of every tile of this program.
+
+    leave(stored, first, end), if given, is called once this warpgroup has stored its share of the bands from `first` to
+    before `end` and gets no more of them.
+    """
     stage = 0
     phase = 0
-    row, used, column, _ = listen(ring, stage, phase)
+    left = 0
+    row, used, column, band = listen(ring, stage, phase)
     while used > 0:
+        if leave is not None:
+            if band > left:
+                leave(stored, left, band)
+            left = 0 + band  # not `= band`: Triton drops a loop-carried name that becomes another's alias
         stage, phase = multiply_share(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
                                       GATHERED, MORE_STAGES)
-        row, used, column, _ = listen(ring, stage, phase)
+        row, used, column, band = listen(ring, stage, phase)
+    if leave is not None:
+        leave(stored, left, _BANDS)
 
 
 # ----------------------------------------------------------------------------------------------------- epilogues
@@ -461,8 +490,9 @@ def halves(tile):
 def widen(values):
     """A bf16 tile of 64 rows, in the accumulator's layout, with 8 neighbouring columns in a thread."""
     N: gl.constexpr = values.shape[1]
-    swapped: gl.constexpr = _SWAPPED_256 if N == 256 else _SWAPPED_128 if N == 128 else _SWAPPED_32
-    wide: gl.constexpr = _WIDE_256 if N == 256 else _WIDE_128 if N == 128 else _WIDE_32
+    swapped: gl.constexpr = (_SWAPPED_256 if N == 256 else _SWAPPED_128 if N == 128 else
+                             _SWAPPED_64 if N == 64 else _SWAPPED_32)
+    wide: gl.constexpr = _WIDE_256 if N == 256 else _WIDE_128 if N == 128 else _WIDE_64 if N == 64 else _WIDE_32
     values = gl.convert_layout(values, swapped)
     # A no-op that keeps the two swaps apart: one is done by shuffles, two at once would go through shared memory.
     values = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2)

@@ -30,11 +30,11 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.grouped_gemm import store_hidden, store_hidden_dealt, up_operands
+from labs.kernels.grouped_gemm import consume_hidden, up_operands
+from labs.kernels.late_store import HIDDEN_PARTS, finishes_late
 from labs.kernels.roles import (
     LAUNCH,
     _FIELDS,
-    consume,
     describe,
     one_band,
     open_ring,
@@ -150,21 +150,22 @@ def up_ahead_kernel(
     tile_count_ptr,  # (1,) int32
     D8,
     F8,
+    LATE: gl.constexpr,
 ):
     """rows = x[token], hidden = silu(rows @ gate.T) * (rows @ up.T). D8 and F8 are D / 8 and F / 8.
 
     Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 128 hidden columns, and every
     grid-th unit of rows.
     """
-    finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
+    dealt: gl.constexpr = len(gate_up_desc.block_type.shape) == 5
     begin_tile: gl.constexpr = wait_for_rows
     ring = open_ring(1)
     copies = gl.allocate_shared_memory(gl.bfloat16, [_COPIES, _UNIT, _COLUMNS], _FLAT)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D)
     gl.warp_specialize([
-        (consume, (hidden_ptr, F8, walk[3], ring, finish, 0, False)),
-        (consume, (hidden_ptr, F8, walk[3], ring, finish, 1, False)),
+        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, False)),
+        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 1, False)),
         (gather, (x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies)),
         (produce_rows, (rows_desc, gate_up_desc, walk, one_band(walk), claimed_ptr, F8 * 16, ring, None, None,
                         begin_tile, (ready_ptr, begun_ptr))),
@@ -188,4 +189,5 @@ def up_ahead(
         plan.count_once("up")
         rows_RD = x_TD.new_empty(R, x_TD.shape[1])
         up_ahead_kernel[(programs,)](x_TD, token_of_row_R, describe(rows_RD, ROWS), rows_RD, plan.ready_X, plan.begun,
-                                     plan.claimed_up, *operands, launch_cooperative_grid=True, **LAUNCH)
+                                     plan.claimed_up, *operands, LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS),
+                                     launch_cooperative_grid=True, **LAUNCH)

@@ -1,0 +1,165 @@
+"""Tiles that are finished late: what a tile becomes waits in registers, and is stored beside the next one's multiply.
+
+    tile n      step 0   1            2            3            4            ...   last    keep
+    wgmma       ======   ==========   ==========   ==========   ==========   ===   ====
+    tile n - 1           store part   store part   store part   store part
+
+What   roles.py's consume, for kernels whose epilogue needs nothing but the accumulator.
+Why    A consumer that stores a whole tile at once waits until its stores are taken, and no wgmma runs meanwhile: both
+       warpgroups end a tile at nearly the same time (LOG.md).
+How    64 registers a thread hold a tile of down, rounded; or of up half an accumulator, as it is, while the other half
+       is finished at once. A part at a time is finished while a K step's wgmmas run, from the second step on.
+Costs  64 registers a consumer's thread, and a longer kernel to compile. Inner dimensions of a few K steps only have no
+       room for it (`finishes_late`).
+
+Determinism: the arithmetic of grouped_gemm.py's epilogues, in the same order: the same bits.
+"""
+
+from __future__ import annotations
+
+from labs.kernels.roles import (
+    BLOCK_K,
+    _BANDS,
+    _BLOCK_N,
+    _ROWS,
+    halves,
+    listen,
+    multiply,
+    pass_on,
+)
+
+from triton.experimental import gluon  # after common.level, which roles imports
+from triton.experimental.gluon import language as gl
+
+# In kernels M, N and K are the GEMM tile's axes.
+
+Y_PARTS = 4  # of a tile of down, 64 columns each
+HIDDEN_PARTS = 2  # of the half of up's tile that waits, 32 columns of hidden each
+
+_Y_PARTS = gl.constexpr(Y_PARTS)
+_HIDDEN_PARTS = gl.constexpr(HIDDEN_PARTS)
+_PAIRS = gl.constexpr(_BLOCK_N.value // Y_PARTS // 2)  # of neighbouring columns of a part of down's tile
+
+
+def _pair_layout(registers: list[list[int]], lanes: list[list[int]]) -> gl.constexpr:
+    """A layout of (64, 32) pairs of columns, the rows among threads as in wgmma's accumulator."""
+    lanes = [*lanes, [1, 0], [2, 0], [4, 0]]
+    return gl.constexpr(gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, _PAIRS.value]))
+
+
+# The accumulator's; after one and after two swaps between the four threads of a row; roles.py has why two.
+_ACC_PAIRS = _pair_layout([[8, 0], [0, 4], [0, 8], [0, 16]], [[0, 1], [0, 2]])
+_SWAPPED_PAIRS = _pair_layout([[0, 1], [8, 0], [0, 8], [0, 16]], [[0, 4], [0, 2]])
+_WIDE_PAIRS = _pair_layout([[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 4], [0, 8]])
+
+
+def finishes_late(K: int, parts: int) -> bool:
+    """Whether an inner dimension of K has a step for each of the parts that wait, after its first."""
+    return BLOCK_K * parts < K
+
+
+# ------------------------------------------------------------------------------------------------------ consumer
+@gluon.jit
+def finish_all(given, finish_part: gl.constexpr, store: gl.constexpr, PARTS: gl.constexpr):
+    """Finish what waits, with no multiply beside it."""
+    for i in gl.static_range(PARTS):
+        finish_part(given, i, store)
+
+
+@gluon.jit
+def consume_late(out_ptr, width8, k_steps, ring, nothing: gl.constexpr, keep: gl.constexpr, finish_part: gl.constexpr,
+                 store: gl.constexpr, PARTS: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr,
+                 leave: gl.constexpr = None, stored=None):
+    """roles.py's consume, a tile or a part of it late; k_steps more than PARTS.
+
+    nothing(): what waits before the first tile. keep(out_ptr, width8, acc, row, column, end, store): finish a tile that
+    begins there but for the parts that it returns. finish_part((out_ptr, width8, parts, row, column, end), i, store):
+    finish part i. `store` is for these two to store with.
+    """
+    stage = 0
+    phase = 0
+    left = 0
+    kept = nothing()
+    kept_row = 0
+    kept_column = 0
+    kept_end = 0
+    row, used, column, band = listen(ring, stage, phase)
+    while used > 0:
+        if leave is not None:
+            if band > left:
+                finish_all((out_ptr, width8, kept, kept_row, kept_column, kept_end), finish_part, store, PARTS)
+                kept_end = 0
+                leave(stored, left, band)
+            left = 0 + band
+        whole = used > _ROWS
+        if whole | (column % 2 == WG):
+            acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED, PARTS, finish_part, store,
+                                         (out_ptr, width8, kept, kept_row, kept_column, kept_end))
+            kept_row = row + gl.where(whole, WG * _ROWS, 0)
+            kept_column = 0 + column
+            kept_end = row + used
+            kept = keep(out_ptr, width8, acc, kept_row, kept_column, kept_end, store)
+        else:
+            stage, phase = pass_on(ring, stage, phase, k_steps)
+        row, used, column, band = listen(ring, stage, phase)
+    finish_all((out_ptr, width8, kept, kept_row, kept_column, kept_end), finish_part, store, PARTS)
+    if leave is not None:
+        leave(stored, left, _BANDS)
+
+
+# ------------------------------------------------------------------------------------------ what down's tiles keep
+@gluon.jit
+def no_y():
+    """Parts of no tile."""
+    part = gl.zeros([_ROWS, _PAIRS], gl.int32, _ACC_PAIRS)
+    return part, part, part, part
+
+
+@gluon.jit
+def keep_y(y_ptr, D8, acc, row, column_tile, end, store: gl.constexpr):
+    """64x256 of y, rounded: four parts of 64 columns, pairs of neighbours in an int32. Nothing is stored yet.
+
+    Rounded by an instruction that the compiler cannot see through: it would carry the accumulator to where it is stored
+    and round it there, in twice the registers, and ptxas would then run the wgmmas one after the other.
+    """
+    even, odd = acc.reshape([_ROWS, _BLOCK_N // 2, 2]).split()
+    pairs = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32,
+                                      is_pure=True, pack=1)
+    left, right = halves(pairs)
+    part0, part1 = halves(left)
+    part2, part3 = halves(right)
+    return (gl.convert_layout(part0, _ACC_PAIRS), gl.convert_layout(part1, _ACC_PAIRS),
+            gl.convert_layout(part2, _ACC_PAIRS), gl.convert_layout(part3, _ACC_PAIRS))
+
+
+@gluon.jit
+def store_wide_pairs(out_ptr, pairs, row, column, width8, end):
+    """Store those of 64 rows of pairs before `end`, and of their columns before the width, 16 bytes a thread."""
+    r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _WIDE_PAIRS))
+    c = column // 2 + gl.arange(0, _PAIRS, layout=gl.SliceLayout(0, _WIDE_PAIRS))
+    pairs_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    pointers = pairs_ptr + (r.to(gl.int64) * (width8 * 4))[:, None] + c[None, :]  # R * width passes 2**31
+    gl.store(pointers, pairs, mask=(r < end)[:, None] & (c < width8 * 4)[None, :])
+
+
+@gluon.jit
+def store_pairs(out_ptr, pairs, row, column, width8, end):
+    """64 rows of 32 pairs as they lie in the accumulator."""
+    pairs = gl.convert_layout(pairs, _SWAPPED_PAIRS)
+    # A no-op that keeps the two swaps apart, as in roles.py.
+    pairs = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [pairs], dtype=gl.int32, is_pure=True, pack=1)
+    store_wide_pairs(out_ptr, gl.convert_layout(pairs, _WIDE_PAIRS), row, column, width8, end)
+
+
+@gluon.jit
+def store_pairs_dealt(out_ptr, pairs, row, column, width8, end):
+    """store_pairs of weights that TMA has dealt out: (b, j, q) of a pair -> 16 b + 4 q + j."""
+    pairs = pairs.reshape([_ROWS, _PAIRS // 16, 4, 4]).permute((0, 1, 3, 2)).reshape([_ROWS, _PAIRS])
+    store_wide_pairs(out_ptr, gl.convert_layout(pairs, _WIDE_PAIRS), row, column, width8, end)
+
+
+@gluon.jit
+def store_y_part(given, i: gl.constexpr, store: gl.constexpr):
+    """Store part i of a tile that waits."""
+    y_ptr, D8, parts, row, column_tile, end = given
+    store(y_ptr, parts[i], row, column_tile * _BLOCK_N + i * (2 * _PAIRS), D8, end)
