@@ -19,6 +19,7 @@ from labs.kernels import (
     backward_gemm,
     down_combine,
     grouped_gemm,
+    late_store,
     plain_gemm,
     roles,
     tall_gemm,
@@ -118,7 +119,7 @@ def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
         assert given[name] is tensor, name
     assert (given["D8"], given["F8"], given["T"]) == (161, 32, 16)
     assert (given["second"], given["third"], given["fourth"]) == down_combine.edges_for(1288, 256, 8) == (2, 4, 6)
-    assert (given["TOP_K"], given["CHOICES"], given["launch_cooperative_grid"]) == (8, 8, True)
+    assert (given["TOP_K"], given["CHOICES"], given["LATE"], given["launch_cooperative_grid"]) == (8, 8, False, True)
     assert all(one is other for one, other in zip(combined, (given["y_ptr"], slots, scores, out), strict=False))
     assert combined[4] == 1024, "the last band is combine's"
 
@@ -128,7 +129,7 @@ def test_up_ahead_hands_its_arguments_on_in_their_order(monkeypatch):
 
     class Recorder:
         def __getitem__(self, grid):
-            return lambda *values, **options: given.update(zip(names, values, strict=True), **options)
+            return lambda *values, **options: given.update(zip(names, values, strict=False), **options)
 
     monkeypatch.setattr(up_ahead, "up_ahead_kernel", Recorder())
     tensors = operands(D=320, F=256)
@@ -142,7 +143,7 @@ def test_up_ahead_hands_its_arguments_on_in_their_order(monkeypatch):
     assert given["rows_desc"].base is given["rows_ptr"]
     assert given["rows_ptr"].shape == (128, 320)
     assert given["gate_up_desc"].base.data_ptr() == gate_up.data_ptr()
-    assert (given["D8"], given["F8"], given["launch_cooperative_grid"]) == (40, 32, True)
+    assert (given["D8"], given["F8"], given["LATE"], given["launch_cooperative_grid"]) == (40, 32, True, True)
     with pytest.raises(ValueError, match="token_of_row_R"):
         up_ahead.up_ahead(x, tokens.long(), gate_up, plan, hidden, 1)
     with pytest.raises(ValueError, match="one up projection already"):
@@ -201,7 +202,7 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
             self.names = names
 
         def __getitem__(self, grid):
-            return lambda *arguments, **options: given.update(zip(self.names, arguments, strict=True))
+            return lambda *arguments, **options: given.update(zip(self.names, arguments, strict=False), **options)
 
     kernels = [name for name in KERNELS if name.startswith("tall") == (prefix == "tall_")]
     for kernel in kernels:
@@ -223,7 +224,7 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
     assert given["tiles_ptr"] is plan.tiles_X5
     assert given["tile_count_ptr"] is plan.tile_count
     assert (given["D8"], given["F8"]) == (40, 32)
-    assert prefix or given["claimed_ptr"] is plan.claimed_up
+    assert prefix or (given["claimed_ptr"] is plan.claimed_up and given["LATE"] is True)
     assert given["rows_desc"].base is rows
     assert given["rows_desc"].block_shape == [64, 64]
     if "straight_kernel" in kernels:
@@ -232,14 +233,22 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
         assert (*given["weights_desc"].shape, *given["weights_desc"].block_shape) == (2, 320, 256, 1, 64, 256)
         assert given["out_ptr"] is hidden
         assert given["claimed_ptr"] is plan.claimed_down
-        assert (given["N8"], given["K8"]) == (32, 40)
+        assert (given["N8"], given["K8"], given["LATE"]) == (32, 40, True)
         plan.counted.clear()
     getattr(module, f"{prefix}down")(hidden, down, plan, y, 1)
     assert given["hidden_desc"].base is hidden
     assert (*given["down_desc"].shape, *given["down_desc"].block_shape) == (20, 4, 4, 2, 256, 8, 4, 4, 2, 64)
     assert given["y_ptr"] is y
-    assert prefix or given["claimed_ptr"] is plan.claimed_down
+    assert prefix or (given["claimed_ptr"] is plan.claimed_down and given["LATE"] is False)
     assert (given["D8"], given["F8"]) == (40, 32)
+
+
+def test_tiles_are_finished_late_where_each_part_has_a_step():
+    """A tile's first step has nothing beside it."""
+    assert not late_store.finishes_late(256, late_store.Y_PARTS)
+    assert late_store.finishes_late(264, late_store.Y_PARTS)
+    assert not late_store.finishes_late(128, late_store.HIDDEN_PARTS)
+    assert late_store.finishes_late(136, late_store.HIDDEN_PARTS)
 
 
 @pytest.mark.parametrize(("interleaved", "N"), [(False, 320), (True, 320), (False, 328), (True, 352)])
@@ -305,37 +314,56 @@ COMBINE = {**CLAIMED, **DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", 
 CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
 
 
-def request(kernel: str, constants: dict | None = None, dealt: bool = True) -> Request:
-    """A Gluon kernel with its pointers aligned; its integers are not specialised. `dealt`: weight rows are."""
+def request(kernel: str, constants: dict | None = None, dealt: bool = True, late: bool | None = None) -> Request:
+    """A Gluon kernel with its pointers aligned; its integers are not specialised. `dealt`: weight rows are; `late`:
+    tiles are finished late, None where a kernel knows no such thing."""
     file, signature = {"down_combine_kernel": ("down_combine", COMBINE), "up_ahead_kernel": ("up_ahead", AHEAD),
                        **KERNELS}[kernel]
     if not dealt:
         signature = {name: describe(256) if name in DEALT else kind for name, kind in signature.items()}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    name = f"{kernel} {constants or ''}{'' if dealt else 'in order'}"
-    return Request(name, f"labs.kernels.{file}", kernel, signature, constants or {}, aligned,
-                   4, 3, options=roles.LAUNCH)
+    constants = (constants or {}) | ({} if late is None else {"LATE": late})
+    name = " ".join([kernel, *(["late"] if late else []), *([] if dealt else ["in order"])])
+    return Request(name, f"labs.kernels.{file}", kernel, signature, constants, aligned, 4, 3, options=roles.LAUNCH)
+
+
+def variants(kernel: str) -> list[tuple[bool | None, bool]]:
+    """(late, dealt) of a kernel. The tall ones finish at once; straight weights lie in their order."""
+    lates = (None,) if kernel.startswith("tall") else (False, True)
+    return [(late, dealt) for late in lates for dealt in ((True,) if kernel == "straight_kernel" else (True, False))]
+
+
+def steps_of(kernel: str, late: bool | None) -> int:
+    """K steps that stand in a consumer's code: a tile's first, the loop's, and those with a part beside them."""
+    return 2 + (0 if not late else late_store.HIDDEN_PARTS if "up" in kernel else late_store.Y_PARTS)
+
+
+def stores_of(kernel: str, late: bool | None) -> int:
+    """16-byte stores of a thread in a consumer's code. Late: the half of up that waits not, then each part beside a
+    step and once more behind the last tile, and with bands before a band's first tile."""
+    whole = 8 if "up" in kernel else 16
+    if not late:
+        return whole
+    return whole // 2 + 2 * whole // 2 if "up" in kernel else (3 if "combine" in kernel else 2) * whole
 
 
 @pytest.fixture(scope="module")
 def code() -> dict[str, Compiled]:
-    return compile_all([request(kernel, dealt=dealt) for kernel in KERNELS for dealt in (True, False)
-                        if dealt or kernel != "straight_kernel"])
+    return compile_all([request(kernel, None, dealt, late) for kernel in KERNELS for late, dealt in variants(kernel)])
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, *(f"{kernel} in order" for kernel in KERNELS
-                                                if kernel != "straight_kernel")])
-def test_machine_code_is_as_planned(code, kernel):
-    kernel, _, order = kernel.partition(" ")
-    found = code[f"{kernel} {order}"]
+@pytest.mark.parametrize(("kernel", "late", "dealt"), [(kernel, *each) for kernel in KERNELS
+                                                       for each in variants(kernel)])
+def test_machine_code_is_as_planned(code, kernel, late, dealt):
+    found = code[request(kernel, None, dealt, late).name]
     warpgroups = 3 if kernel.startswith("tall") else 2
-    assert found.count("HGMMA") == warpgroups * 2 * 4, "a warpgroup's first step and its loop, 4 wgmma of depth 16 each"
-    assert found.count("WARPGROUP") == warpgroups * 5, "more waits would mean wgmmas one after the other"
+    steps = steps_of(kernel, late)
+    assert found.count("HGMMA") == warpgroups * steps * 4, "4 wgmma of depth 16 a step"
+    assert found.count("WARPGROUP") == warpgroups * (2 * steps + 1), "more waits would mean wgmmas one after the other"
     assert found.count("UTMALDG") > 0, "weights by TMA"
     copies = found.count(r"LDGSTS.*128")
     assert copies > 0 if "gather" in kernel else copies == 0, "gathered rows by 16-byte cp.async, others by TMA"
-    assert found.count(r"STG\.E\.128") > 0, "16-byte stores"
-    assert found.count(r"STG") == found.count(r"STG\.E\.128")
+    assert found.count(r"STG") == found.count(r"STG\.E\.128") == warpgroups * stores_of(kernel, late)
     assert found.stack_bytes == 0
     assert found.count(r"LDL|STL") == 0, "no spills"
     atomics = found.count(r"REDG?\.|ATOMG?\.")
@@ -346,36 +374,39 @@ def test_machine_code_is_as_planned(code, kernel):
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     stage = (warpgroups * 64 + 256) * 64 * 2
     assert 4 * stage < found.shared_bytes <= min(4 * stage + 1024, 227 * 1024)
-    if order:  # the epilogue swaps a pair of registers with the neighbours, twice
-        dealt = code[f"{kernel} "]
-        swaps = warpgroups * (64 if "down" in kernel else 32)
-        assert found.count("SHFL") - dealt.count("SHFL") == swaps
-        assert found.count("SEL") - dealt.count("SEL") >= 2.5 * swaps
+    if not dealt:  # the epilogue swaps half the registers of what it stores with the neighbours, twice
+        as_dealt = code[request(kernel, None, True, late).name]
+        swaps = warpgroups * 4 * stores_of(kernel, late)
+        assert found.count("SHFL") - as_dealt.count("SHFL") == swaps
+        assert found.count("SEL") - as_dealt.count("SEL") >= 2.5 * swaps
 
 
 SPARE_WARPS = {"up_ahead_kernel": (8, 2), **{f"down_combine_kernel, top {K}": (CHOICES[K], 1) for K in CHOICES}}
 IN_ORDER = ("up_ahead_kernel", "down_combine_kernel, top 8")
 
 
-@pytest.mark.parametrize(("name", "dealt"), [*((name, True) for name in SPARE_WARPS),
-                                             *((name, False) for name in IN_ORDER)])
-def test_machine_code_with_spare_warps_is_as_planned(name, dealt):
+@pytest.mark.parametrize(("name", "dealt", "late"), [*((name, True, True) for name in SPARE_WARPS),
+                                                     *((name, dealt, late) for name in IN_ORDER
+                                                       for dealt, late in ((False, True), (True, False)))])
+def test_machine_code_with_spare_warps_is_as_planned(name, dealt, late):
     copies, counters = SPARE_WARPS[name]
     kernel, _, K = name.partition(", top ")
-    asked = request(kernel, {"TOP_K": int(K), "CHOICES": CHOICES[int(K)]} if K else None, dealt)
+    asked = request(kernel, {"TOP_K": int(K), "CHOICES": CHOICES[int(K)]} if K else None, dealt, late)
     found = compile_all([asked])[asked.name]
-    assert found.count("HGMMA") == 2 * 2 * 4
-    assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
+    steps = steps_of(kernel, late)
+    assert found.count("HGMMA") == 2 * steps * 4
+    assert found.count("WARPGROUP") == 2 * (2 * steps + 1), "more waits would mean wgmmas one after the other"
     assert found.count("UTMALDG") > 0
     assert found.count(r"LDGSTS.*128") == copies, "the spare warps' rows by 16-byte cp.async"
     assert (found.count("LDGSTS") > copies) == (kernel == "down_combine_kernel"), "rows' numbers by 4 bytes"
-    assert found.count(r"STG") == found.count(r"STG\.E\.128") > 0
+    spare = 1 if K else 8  # stores of the spare warps: of a sum, of a unit of rows
+    assert found.count(r"STG") == found.count(r"STG\.E\.128") == 2 * stores_of(kernel, late) + spare
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
     atomics, claims = found.count(r"REDG?\.|ATOMG?\."), found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU")
     assert claims == 2, "the first claim and the next ones"
     assert found.count("REDUX") == 2 + 5, "claims and fields of the next tile, taken out of lanes"
     if kernel == "down_combine_kernel":
-        (alone,) = compile_all([request("down_kernel", None, dealt)]).values()
+        (alone,) = compile_all([request("down_kernel", None, dealt, late)]).values()
         assert found.count(r"LDG\.") == alone.count(r"LDG\.") + 1, "one acquires; what the combiner loads are copies"
     assert atomics - claims == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
     assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
