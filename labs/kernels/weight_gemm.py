@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import torch
 
+from labs.kernels.late_store import _Y_PARTS, finish_all, keep_y, no_y, store_pairs, store_y_part
 from labs.kernels.roles import (
     _ACC,
     _ACC_QUARTER,
@@ -47,7 +48,6 @@ from labs.kernels.roles import (
     halves,
     next_stage,
     open_barriers,
-    store_rows,
 )
 from labs.kernels.launch import sm_count
 
@@ -181,9 +181,15 @@ def multiply_step(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, acc
 
 
 @gluon.jit
-def multiply(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG: gl.constexpr):
-    """Warpgroup WG's 64x256 float32 accumulator over all steps. release: whether the wide stages are done with."""
+def multiply(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG: gl.constexpr,
+             STEPS_BESIDE: gl.constexpr = 0, given=None):
+    """Warpgroup WG's 64x256 float32 accumulator over all steps. release: whether the wide stages are done with.
+
+    Part i of `given`, a tile that waits, is stored beside step i + 1 (late_store.py), for each i below STEPS_BESIDE;
+    `steps` is more than these.
+    """
     _, _, narrow_empty, _, _, wide_empty = rings
+    store: gl.constexpr = store_pairs
     acc = gl.zeros([_M_HALF, _BLOCK_N], gl.float32, _ACC)
     narrow_before = 0  # not `= narrow_stage`: Triton drops a loop-carried name that starts as another's alias
     wide_before = 0
@@ -192,10 +198,19 @@ def multiply(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, r
     wide_before += wide_stage
     narrow_stage, narrow_phase = next_stage(narrow_stage, narrow_phase, _NARROW_STAGES)
     wide_stage, wide_phase = next_stage(wide_stage, wide_phase, _WIDE_STAGES)
+    for i in gl.static_range(STEPS_BESIDE):
+        acc = multiply_step(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, acc, WG, True)
+        mbarrier.arrive(narrow_empty.index(narrow_before))
+        mbarrier.arrive(wide_empty.index(wide_before), pred=release)
+        store_y_part(given, i, store)
+        narrow_before = 0 + narrow_stage
+        wide_before = 0 + wide_stage
+        narrow_stage, narrow_phase = next_stage(narrow_stage, narrow_phase, _NARROW_STAGES)
+        wide_stage, wide_phase = next_stage(wide_stage, wide_phase, _WIDE_STAGES)
     # The first step stands outside: with it inside, ptxas serialises the wgmmas. And not `for _ in range(1, steps)`:
     # what a loop carries and uses for nothing but the bounds of an inner one, Triton 3.6 and 3.7.1 take to be unused,
     # and its first value stands for all.
-    step = 1
+    step = 1 + STEPS_BESIDE
     while step < steps:
         acc = multiply_step(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, acc, WG, True)
         mbarrier.arrive(narrow_empty.index(narrow_before))
@@ -228,13 +243,22 @@ def add_rows(out_ptr, values, row, column, width, end):
 
 @gluon.jit
 def consume(out_ptr, G8, S8, offsets_ptr, walk, rings, WG: gl.constexpr, WIDE: gl.constexpr, ACCUMULATE: gl.constexpr):
-    """Warpgroup WG of every tile of this program: multiply, and store or add its 64 rows of the expert's matrix."""
+    """Warpgroup WG of every tile of this program: multiply, and add its 64 rows of the expert's matrix, or store them:
+    late (late_store.py), where the next tile has a step for each part."""
+    store: gl.constexpr = store_pairs
+    store_part: gl.constexpr = store_y_part
     rows = S8 * 8 if WIDE else G8 * 8
-    width = G8 * 8 if WIDE else S8 * 8
+    width8 = G8 if WIDE else S8
+    width = width8 * 8
     narrow_stage = 0
     narrow_phase = 0
     wide_stage = 0
     wide_phase = 0
+    kept = no_y()
+    kept_matrix = out_ptr
+    kept_row = 0
+    kept_column = 0
+    kept_end = 0
     grid = gl.num_programs(0)
     expert, first, end, m_first, m_end, n = find_run(offsets_ptr, gl.program_id(0), walk, WIDE)
     for run in range(gl.program_id(0), walk[0], grid):
@@ -244,17 +268,31 @@ def consume(out_ptr, G8, S8, offsets_ptr, walk, rings, WG: gl.constexpr, WIDE: g
         m = m_first
         while m < m_end:
             release = (m == m_end - 1) | (steps > _WIDE_STAGES)
-            acc, narrow_stage, narrow_phase, stage_after, phase_after = multiply(
-                rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG)
-            wide_stage = gl.where(release, stage_after, wide_stage)
-            wide_phase = gl.where(release, phase_after, wide_phase)
             row = m * (2 * _M_HALF) + WG * _M_HALF
             if ACCUMULATE:
+                acc, narrow_stage, narrow_phase, stage_after, phase_after = multiply(
+                    rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG)
                 add_rows(matrix, acc, row, n * _BLOCK_N, width, rows)
             else:
-                store_rows(matrix, acc.to(gl.bfloat16), row, n * _BLOCK_N, width, width, rows)
+                given = kept_matrix, width8, kept, kept_row, kept_column, kept_end
+                if steps > _Y_PARTS:
+                    acc, narrow_stage, narrow_phase, stage_after, phase_after = multiply(
+                        rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG, _Y_PARTS, given)
+                else:
+                    finish_all(given, store_part, store, _Y_PARTS)
+                    acc, narrow_stage, narrow_phase, stage_after, phase_after = multiply(
+                        rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG)
+                kept = keep_y(matrix, width8, acc, row, n, rows, store)
+                kept_matrix = matrix
+                kept_row = 0 + row
+                kept_column = 0 + n
+                kept_end = 0 + rows
+            wide_stage = gl.where(release, stage_after, wide_stage)
+            wide_phase = gl.where(release, phase_after, wide_phase)
             m += 1
         expert, first, end, m_first, m_end, n = after
+    if not ACCUMULATE:
+        finish_all((kept_matrix, width8, kept, kept_row, kept_column, kept_end), store_part, store, _Y_PARTS)
 
 
 @gluon.jit(do_not_specialize=["G8", "S8", "length"])
@@ -291,7 +329,7 @@ def weight_gemm_kernel(
         (consume, (out_ptr, G8, S8, offsets_ptr, walk, rings, 0, WIDE, ACCUMULATE)),
         (consume, (out_ptr, G8, S8, offsets_ptr, walk, rings, 1, WIDE, ACCUMULATE)),
         (produce, (gathered_ptr, token_of_row_ptr, G8, sorted_desc, offsets_ptr, walk, rings, WIDE)),
-    ], [4, 4], [208, 88])
+    ], [4, 4], [216, 72])
 
 
 def run_length(R: int, E: int) -> int:
