@@ -6,7 +6,7 @@ Why    level 7 still writes and reads 3*R*F values between its GEMMs, sorts in e
        their own loads: one set of warps issues a load, waits, multiplies, and stops to store.
 How    kernels in labs/kernels, one job a file, each chosen by the mean rows an expert (labs/kernels/choice.py):
            producer, 1 or 4   | claim a tile; TMA weights, TMA or cp.async rows -> ring of 4 stages of 48 KB
-           consumer warps 0-3 | wait full[s] -> wgmma 64x256x64 -> arrive empty[s]; then SwiGLU, store
+           consumer warps 0-3 | wait full[s] -> wgmma 64x256x64 -> arrive empty[s]; beside: finish the tile before
            consumer warps 4-7 | the same for the tile's other 64 rows
            spare warps, 2     | down: sum the columns done before; up of wide experts: copy the next tiles' rows
        Stores go straight from registers: by TMA they need a buffer, whose memory a fourth stage uses better.

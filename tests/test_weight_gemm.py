@@ -7,7 +7,7 @@ import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter be
 import pytest
 import torch
 
-from labs.kernels import weight_gemm
+from labs.kernels import late_store, weight_gemm
 from labs.kernels.backward_loop import tile_for
 from labs.kernels.backward_sort import sort_rows
 from labs.kernels.backward_weights import weight_grad
@@ -38,12 +38,16 @@ def request(wide: bool, accumulate: bool) -> Request:
 def test_machine_code_is_as_planned(wide, accumulate):
     asked = request(wide, accumulate)
     found = compile_all([asked])[asked.name]
-    assert found.count("HGMMA") == 2 * 2 * 4, "a warpgroup's first step and its loop, 4 wgmma of depth 16 each"
-    assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
+    # A tile's first step and its loop; where tiles are stored late, once more with a step for each part between them.
+    steps = 2 if accumulate else 2 + 2 + late_store.Y_PARTS
+    assert found.count("HGMMA") == 2 * steps * 4, "4 wgmma of depth 16 a step"
+    assert found.count("WARPGROUP") == 2 * (2 * steps + 1), "more waits would mean wgmmas one after the other"
     assert found.count("UTMALDG") > 0, "sorted rows by TMA"
     assert found.count("LDGSTS") == found.count(r"LDGSTS.*128") == 4 * (4 if wide else 2), "a step's gathered rows"
     assert found.count("ARRIVES") == 1 + wide, "all the producer's threads arrive, also where TMA fills the narrow ring"
-    assert found.count("STG") == found.count(r"STG\.E\.64" if accumulate else r"STG\.E\.128") > 0, "no narrower stores"
+    # Of a thread: 64 of 8 bytes; or 16 of 16, beside the steps, before a tile of few, and behind the last tile.
+    stores = found.count(r"STG\.E\.64" if accumulate else r"STG\.E\.128")
+    assert found.count("STG") == stores == 2 * (64 if accumulate else 3 * 16), "no narrower stores"
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
     assert found.count(r"REDG?\.|ATOMG?\.") == 0, "no atomics: bitwise repeatable"
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
@@ -68,6 +72,7 @@ HARD = {  # T, E, K, G, S, spread of the experts' popularity
     "narrower than a tile": (1031, 6, 2, 520, 8, 2.0),
     "more experts than rows": (40, 512, 2, 128, 136, 0.0),
     "one expert": (200, 1, 1, 264, 200, 0.0),
+    "many steps, then few, several tiles a program": (6000, 24, 4, 1032, 1544, 1.5),
 }
 
 

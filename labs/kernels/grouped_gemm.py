@@ -7,7 +7,8 @@ zeros there (gathered rows) or the next expert's rows (rows by TMA), and stores 
 where no more are left, and 256 columns: of up, 128 of hidden, as gate and up rows are interleaved (tiles.py).
 
 Weight rows come from TMA in the order in which accumulators can be stored as they lie (roles.py, describe_weights);
-where a width does not divide into it, the epilogue swaps values between threads instead.
+where a width does not divide into it, the epilogue swaps values between threads instead. Tiles are finished late,
+beside the next one's multiply (late_store.py), unless the inner dimension is short.
 
 roles.py has who does what in a program, and the index arrays.
 """
@@ -40,21 +41,15 @@ from labs.kernels.roles import (
     _BLOCK_N,
     _ROWS,
     _SWIZZLED_3D,
-    _WIDE_128,
-    _WIDE_256,
-    _WIDE_32,
-    _WIDE_64,
     consume,
     describe,
     describe_weights,
-    halves,
     one_band,
     open_ring,
     produce_rows,
-    store_rows,
-    store_wide,
     walk_tiles,
 )
+from labs.kernels.stores import _WIDE_128, _WIDE_256, _WIDE_32, _WIDE_64, halves, store_rows, store_wide
 from labs.kernels.tiles import ROWS, TilePlan, check, check_gemm
 
 from triton.experimental import gluon  # after common.level, which tiles imports

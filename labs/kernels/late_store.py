@@ -22,11 +22,11 @@ from labs.kernels.roles import (
     _BANDS,
     _BLOCK_N,
     _ROWS,
-    halves,
     listen,
     multiply,
     pass_on,
 )
+from labs.kernels.stores import halves
 
 from triton.experimental import gluon  # after common.level, which roles imports
 from triton.experimental.gluon import language as gl
@@ -47,7 +47,7 @@ def _pair_layout(registers: list[list[int]], lanes: list[list[int]]) -> gl.const
     return gl.constexpr(gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, _PAIRS.value]))
 
 
-# The accumulator's; after one and after two swaps between the four threads of a row; roles.py has why two.
+# The accumulator's; after one and after two swaps between the four threads of a row; stores.py has why.
 _ACC_PAIRS = _pair_layout([[8, 0], [0, 4], [0, 8], [0, 16]], [[0, 1], [0, 2]])
 _SWAPPED_PAIRS = _pair_layout([[0, 1], [8, 0], [0, 8], [0, 16]], [[0, 4], [0, 2]])
 _WIDE_PAIRS = _pair_layout([[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 4], [0, 8]])
@@ -146,7 +146,7 @@ def store_wide_pairs(out_ptr, pairs, row, column, width8, end):
 def store_pairs(out_ptr, pairs, row, column, width8, end):
     """64 rows of 32 pairs as they lie in the accumulator."""
     pairs = gl.convert_layout(pairs, _SWAPPED_PAIRS)
-    # A no-op that keeps the two swaps apart, as in roles.py.
+    # A no-op that keeps the two swaps apart, as in stores.py.
     pairs = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [pairs], dtype=gl.int32, is_pure=True, pack=1)
     store_wide_pairs(out_ptr, gl.convert_layout(pairs, _WIDE_PAIRS), row, column, width8, end)
 

@@ -7,7 +7,8 @@ Three parties share a ring of 4 stages, each 128 rows and 256 weight rows by 64 
     gather: 4 warps, cp.async the rows, TMA the   wait full[s]
             weights; 129 arrivals; gathering.py   wgmma 64x256x64 from stage s, one left in flight
     rows:   1 warp, TMA both; 1 arrival           arrive empty[s - 1]: 2 arrivals
-    wait empty[s] before either                   after the last step: the kernel's own `finish`
+    wait empty[s] before either                   after the last step: the kernel's own `finish`, or beside the
+                                                  next tile's steps (late_store.py)
 
 A program claims its next output tile from a counter that all share. So tiles are begun in their order whatever each
 costs, the row tiles of a group meet in L2 over the weights they share, and no program is done long before the others.
@@ -69,28 +70,6 @@ _ACC_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N 
 _ACC_QUARTER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 4, 16]))
 _ACC_EIGHTH = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 8, 16]))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-def _store_layouts(columns: int) -> tuple[gl.constexpr, gl.constexpr]:
-    """Layouts of (64, columns) after one and after two swaps between the four threads of an accumulator row.
-
-    A thread of wgmma's accumulator holds pairs of columns 8 apart. Swapping register bit 8 with lane bit 2, and
-    then 16 with 4, leaves it 8 neighbouring columns: one 16-byte store.
-    """
-    high = [[0, 1 << bit] for bit in range(5, columns.bit_length() - 1)]
-
-    def layout(registers: list[list[int]], lanes: list[list[int]]) -> gl.constexpr:
-        registers = [[0, 1], *registers, [8, 0], *high]
-        lanes = [*lanes, [1, 0], [2, 0], [4, 0]]
-        return gl.constexpr(gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns]))
-
-    return layout([[0, 2], [0, 16]], [[0, 8], [0, 4]]), layout([[0, 2], [0, 4]], [[0, 8], [0, 16]])
-
-
-_SWAPPED_32, _WIDE_32 = _store_layouts(32)
-_SWAPPED_64, _WIDE_64 = _store_layouts(64)
-_SWAPPED_128, _WIDE_128 = _store_layouts(128)
-_SWAPPED_256, _WIDE_256 = _store_layouts(256)
 
 
 # ------------------------------------------------------------------------------------------- which tile is next
@@ -475,44 +454,6 @@ def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constex
         row, used, column, band = listen(ring, stage, phase)
     if leave is not None:
         leave(stored, left, _BANDS)
-
-
-# ----------------------------------------------------------------------------------------------------- epilogues
-@gluon.jit
-def halves(tile):
-    """The left and the right half of a tile's columns: they lie in the same threads."""
-    M: gl.constexpr = tile.shape[0]
-    N: gl.constexpr = tile.shape[1]
-    return tile.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
-
-
-@gluon.jit
-def widen(values):
-    """A bf16 tile of 64 rows, in the accumulator's layout, with 8 neighbouring columns in a thread."""
-    N: gl.constexpr = values.shape[1]
-    swapped: gl.constexpr = (_SWAPPED_256 if N == 256 else _SWAPPED_128 if N == 128 else
-                             _SWAPPED_64 if N == 64 else _SWAPPED_32)
-    wide: gl.constexpr = _WIDE_256 if N == 256 else _WIDE_128 if N == 128 else _WIDE_64 if N == 64 else _WIDE_32
-    values = gl.convert_layout(values, swapped)
-    # A no-op that keeps the two swaps apart: one is done by shuffles, two at once would go through shared memory.
-    values = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2)
-    return gl.convert_layout(values, wide)
-
-
-@gluon.jit
-def store_rows(out_ptr, values, row, column, width, stride, end):
-    """Store those of 64 rows of bf16 before `end`, and of their columns before `width`, 16 bytes a thread: no shared
-    memory, no wait, no fence."""
-    store_wide(out_ptr, widen(values), row, column, width, stride, end)
-
-
-@gluon.jit
-def store_wide(out_ptr, values, row, column, width, stride, end):
-    """store_rows of a tile whose threads hold 8 neighbouring columns each."""
-    r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, values.type.layout))
-    c = column + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
-    pointers = out_ptr + (r.to(gl.int64) * stride)[:, None] + c[None, :]  # R * stride passes 2**31 at real sizes
-    gl.store(pointers, values, mask=(r < end)[:, None] & (c < width)[None, :])
 
 
 # -------------------------------------------------------------------------------------------------------- launch

@@ -38,16 +38,14 @@ from labs.kernels.roles import (
     LAUNCH,
     consume,
     describe,
-    halves,
     next_stage,
     one_band,
     open_ring,
     produce_rows,
-    store_rows,
     sync_threads,
     walk_tiles,
-    widen,
 )
+from labs.kernels.stores import halves, store_rows, widen
 from labs.kernels.tiles import ROWS, TilePlan, check
 
 from triton.experimental import gluon  # after common.level, which the above import

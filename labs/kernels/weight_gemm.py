@@ -13,8 +13,9 @@ by 256, 208 KB. The 256 columns stay for the whole run if 4 stages hold all thei
     wait empty[s] before either ring              wgmma 64x256x64, one left in flight
     sorted operand by TMA, 1 arrival on full[s];  arrive empty[s - 1]: 2 arrivals; of the 256 columns only where the
     gathered by cp.async, 128 arrivals            run ends, if they stay
-                                                  after the last step: stores from registers, 16 bytes a thread;
-                                                  8, read before, where a float32 buffer is added to
+                                                  beside the next tile's steps (late_store.py), or before it where
+                                                  it has few: stores from registers, 16 bytes a thread; where a
+                                                  float32 buffer is added to, after the last step, 8, read before
 
 Rows past an expert's end are zeros in the gathered operand, the next experts' in the sorted one. An expert without
 rows has one step of these, and gets zeros.
@@ -45,10 +46,10 @@ from labs.kernels.roles import (
     _WEIGHT_BYTES,
     BLOCK_N,
     LAUNCH,
-    halves,
     next_stage,
     open_barriers,
 )
+from labs.kernels.stores import halves
 from labs.kernels.launch import sm_count
 
 import triton  # after common.level, which launch imports
