@@ -31,7 +31,7 @@ CHOICES = (Choice("few_rows"), Choice("gather"), Choice("ahead"), Choice("spread
            Choice("pipelined", 8, TILES[90]))
 CASES = (Case("odd", T=77, D=264, F=200, E=7, K=3), Case("one token", T=1, D=264, F=200, E=7, K=3),
          Case("one expert has all", T=300, D=264, F=200, E=5, K=1, routing="one_hot"),
-         Case("several bands", T=600, D=1800, F=200, E=8, K=6), Case("many tokens", T=1031, D=264, F=200, E=6, K=2))
+         Case("several bands", T=600, D=1800, F=392, E=8, K=6), Case("many tokens", T=1031, D=264, F=328, E=6, K=2))
 
 
 def forward() -> None:
