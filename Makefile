@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 N ?= 4
 ARGS ?=
+PEERS ?= mixtral-8x7b:1,8,32,64,256,8192 qwen3-30b-a3b:1,8,32,64,256,16384 olmoe-1b-7b:16384 sonic-30b:32768 \
+	deepseek-v3:4096,16384
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
@@ -13,7 +15,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help run test test-gpu lint diff plots
+.PHONY: help run peers test test-gpu lint diff plots
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -26,6 +28,10 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt
 
 run: $(READY)    ## the main job: run, gate, time and chart every level (ARGS="--tokens 64" ...)
 	$(PY) level_runner.py $(ARGS)
+
+peers: $(READY)  ## level 8 beside other libraries, at the sizes of README's table (on a GPU; PEERS="olmoe-1b-7b:16384")
+	for each in $(PEERS); do $(PY) level_runner.py --levels 8 --preset $${each%%:*} --tokens $${each#*:} \
+		--peers "triton_kernels,transformers grouped_mm" $(ARGS) || exit; done
 
 test: $(READY)   ## every test that this machine can run
 	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)
