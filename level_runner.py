@@ -5,6 +5,7 @@
     python level_runner.py --levels 4-6 --tokens 64,512   some levels at your own token counts
     python level_runner.py --plot plots/h200_*.json       draw the charts again from recorded runs
     python level_runner.py --profile 4                    where level 4's time goes
+    python level_runner.py --levels 8 --against HEAD~3    whether a change pays: both in the same rounds
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from common.measure import environment
 from common.peers import PEERS, Peer
 from common.references import REFERENCES
 from common.results import load, results_path, save
+from common.revisions import levels_at
 from common.run import Interrupted, run_workload
-from common.show import RunTable, Screen, error_exit
+from common.show import RunTable, Screen, against_lines, error_exit
 
 ROOT = Path(__file__).resolve().parent
 RECORDED = ROOT / "plots"
@@ -46,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--peers", metavar="NAMES", nargs="?", const="all",
                       help="also other libraries' layers, in the same run, where they are installed; all of them, or "
                            "those named: triton_kernels,SonicMoE")
+    what.add_argument("--against", metavar="REVISIONS",
+                      help="also these levels as they stood at other git revisions, or in other folders, in the same "
+                           "run: HEAD~3,../other. For whoever changes one: results go to out, no chart is drawn")
     what.add_argument("--profile", type=int, metavar="N",
                       help="profile level N: trace file and heaviest kernels, no timing")
     add_workload_arguments(parser)
@@ -134,7 +139,7 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
 
         return 0 if rewrite(ROOT / "README.md", RECORDED, screen.print) else 1
     recorded = BESIDE_PEERS if args.peers else RECORDED
-    out = args.out or (recorded if device.type == "cuda" else NO_GPU_OUT)
+    out = args.out or (recorded if device.type == "cuda" and not args.against else NO_GPU_OUT)
     if args.plot:
         for path in args.plot:
             folder = args.out or path.parent
@@ -158,6 +163,10 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
         return profile_level(loaded, workload, device, out, screen)
     chosen = choose_levels(args.levels, levels)
     workloads, rounds = parse_workloads(args, device)
+    numbers = [loaded.level.number for loaded in chosen]
+    others = [loaded for revision in (args.against.split(",") if args.against else [])
+              for loaded in levels_at(revision, numbers)]
+    chosen = sorted([*others, *chosen], key=lambda loaded: loaded.level.number)
     peers = choose_peers(args.peers)
     references = [*REFERENCES, *peers]
     if args.quick:
@@ -173,13 +182,17 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
         except Interrupted as stop:
             run, interrupted = stop.run, True
         screen.print(RunTable(run))
+        for line in against_lines(run):
+            screen.print(line)
         runs.append(run)
         path = save(out, run)
         if interrupted:
             screen.print(f"interrupted: what was measured is in {os.path.relpath(path)}, marked partial")
             return 130
     screen.print(f"results: {os.path.relpath(path)}")
-    if device.type == "cuda":
+    if args.against:
+        pass
+    elif device.type == "cuda":
         draw([path], out, screen)
     elif args.levels or args.quick:  # a quick look: half a minute of charts would be in its way
         screen.print(f"\nNo GPU here, so no times to chart. The recorded GPU runs' are in {os.path.relpath(RECORDED)}.")

@@ -73,6 +73,20 @@ def rounding_notes(run: Run) -> list[str]:
     return [*map(rounding_text, rounded), ROUNDED] if rounded else []
 
 
+def against_lines(run: Run) -> list[str]:
+    """One line for each level that was also timed as it stood at another revision (revisions.py)."""
+    lines = []
+    for other in run.levels:
+        name, at, _ = other.name.partition(" @")
+        row = run.row(name)
+        if at and row and row.timed and other.timed:
+            gains = [f"{other_ms.p50 / ms.p50 - 1:+.1%} {how}" for how, ms, other_ms in (
+                ("in rounds", row.wall_ms, other.wall_ms), ("busy", row.gpu_ms, other.gpu_ms),
+                ("sustained", row.sustained_ms, other.sustained_ms)) if ms and other_ms]
+            lines.append(f"{name} is faster than {other.name} by {', '.join(gains)}")
+    return lines
+
+
 def gate_line(row: Row) -> str:
     """One line on what the gate said of a level."""
     name = f"gate of {row.name}"
