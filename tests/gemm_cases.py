@@ -34,7 +34,7 @@ CASES = (
     Case("stored late, a step for each part", T=1501, D=136, F=264, E=5, K=3),
     Case("stored late, one expert takes all rows", T=1400, D=4104, F=520, E=8, K=1, routing="one_hot"),
     Case("stored late, empty experts", T=512, D=2056, F=328, E=16, K=4, routing="sparse"),
-    Case("more than 2 to the 31 elements", T=40000, D=8192, F=256, E=8, K=8),
+    Case("more than 2 to the 31 elements", T=40000, D=8192, F=264, E=8, K=8),
 )
 
 SPARE_ROWS = 70  # beyond the routed rows, as a routing that rounds down leaves them

@@ -39,7 +39,7 @@ def test_machine_code_is_as_planned(wide, accumulate):
     asked = request(wide, accumulate)
     found = compile_all([asked])[asked.name]
     # A tile's first step and its loop; where tiles are stored late, once more with a step for each part between them.
-    steps = 2 if accumulate else 2 + 2 + late_store.Y_PARTS
+    steps = 2 if accumulate else 2 + 2 + late_store.ROUNDED_PARTS
     assert found.count("HGMMA") == 2 * steps * 4, "4 wgmma of depth 16 a step"
     assert found.count("WARPGROUP") == 2 * (2 * steps + 1), "more waits would mean wgmmas one after the other"
     assert found.count("UTMALDG") > 0, "sorted rows by TMA"

@@ -10,8 +10,8 @@ How    64 spare threads copy a token's K rows, 512 columns of each, into a ring 
        (cp.async, no registers), and before that the rows' numbers, and add them up in float32.
 
     producer    1 warp          TMA: rows and weights of a stage, as in roles.py
-    consumers   2 warpgroups    multiply a tile, store it; at a program's first tile of a later band, arrive
-                                stored[band] for those before
+    consumers   2 warpgroups    multiply a tile, store the one before beside it (late_store.py); at a program's first
+                                tile of a later band, store what waits and arrive stored[band] for those before
     combiner    2 warps         wait stored[band]; done[band] += 1; wait until all programs have added theirs;
                                 then sum every grid-th token
 
@@ -47,7 +47,7 @@ from labs.kernels.roles import (
     sync_threads,
     walk_tiles,
 )
-from labs.kernels.late_store import Y_PARTS, finishes_late
+from labs.kernels.late_store import ROUNDED_PARTS, finishes_late
 from labs.kernels.launch import require
 from labs.kernels.tiles import BANDS, TilePlan
 
@@ -281,7 +281,7 @@ def down_combine(
     edges = edges_for(D, hidden_RF.shape[1], K)
     down_combine_kernel[(programs,)](
         plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, TOP_K=K,
-        CHOICES=triton.next_power_of_2(K), LATE=finishes_late(hidden_RF.shape[1], Y_PARTS),
+        CHOICES=triton.next_power_of_2(K), LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS),
         launch_cooperative_grid=True, **LAUNCH)
     last = max((edge for edge in edges if edge * BLOCK_N < D), default=0)
     return combine(y_RD, row_of_slot_TK, scores_TK, out_TD, last * BLOCK_N)

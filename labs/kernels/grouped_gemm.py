@@ -7,8 +7,8 @@ zeros there (gathered rows) or the next expert's rows (rows by TMA), and stores 
 where no more are left, and 256 columns: of up, 128 of hidden, as gate and up rows are interleaved (tiles.py).
 
 Weight rows come from TMA in the order in which accumulators can be stored as they lie (roles.py, describe_weights);
-where a width does not divide into it, the epilogue swaps values between threads instead. Tiles are finished late,
-beside the next one's multiply (late_store.py), unless the inner dimension is short.
+where a width does not divide into it, the epilogue swaps values between threads instead. Tiles of down, and the right
+halves of up's, are finished late, beside the next one's multiply (late_store.py), unless the inner dimension is short.
 
 roles.py has who does what in a program, and the index arrays.
 """
@@ -20,16 +20,16 @@ import torch
 from labs.kernels.gathering import produce_gathered
 from labs.kernels.late_store import (
     HIDDEN_PARTS,
-    Y_PARTS,
+    ROUNDED_PARTS,
     _HIDDEN_PARTS,
-    _Y_PARTS,
+    _ROUNDED_PARTS,
     consume_late,
     finishes_late,
-    keep_y,
-    no_y,
+    no_parts,
+    round_parts,
     store_pairs,
     store_pairs_dealt,
-    store_y_part,
+    store_part,
 )
 from labs.kernels.roles import (
     BLOCK_K,
@@ -50,7 +50,7 @@ from labs.kernels.roles import (
     walk_tiles,
 )
 from labs.kernels.stores import _WIDE_128, _WIDE_256, _WIDE_32, _WIDE_64, halves, store_rows, store_wide
-from labs.kernels.tiles import ROWS, TilePlan, check, check_gemm
+from labs.kernels.tiles import ROWS, TilePlan, check, check_gemm, check_out
 
 from triton.experimental import gluon  # after common.level, which tiles imports
 from triton.experimental.gluon import language as gl
@@ -84,7 +84,7 @@ def swiglu(pairs, columns: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def store_columns(hidden_ptr, F, acc, row, column, end):
+def store_hidden_columns(hidden_ptr, F, acc, row, column, end):
     """64, 128 or 256 of gate and up columns, in alternating blocks of 8, -> half as many of hidden."""
     N: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = _ACC_HALF if N == 256 else _ACC_QUARTER if N == 128 else _ACC_EIGHTH
@@ -93,8 +93,9 @@ def store_columns(hidden_ptr, F, acc, row, column, end):
 
 
 @gluon.jit
-def store_columns_dealt(hidden_ptr, F, acc, row, column, end):
-    """store_columns of weights that TMA has dealt out: (b, gate or up, j, q, p) of a column -> 32 b + 8 q + 2 j + p."""
+def store_hidden_columns_dealt(hidden_ptr, F, acc, row, column, end):
+    """store_hidden_columns of weights that TMA has dealt out: (b, gate or up, j, q, p) of a column is
+    32 b + 8 q + 2 j + p of hidden."""
     N: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = _WIDE_128 if N == 256 else _WIDE_64 if N == 128 else _WIDE_32
     pairs = acc.reshape([_ROWS, N // 64, 2, 4, 4, 2]).permute((0, 1, 4, 3, 5, 2))
@@ -104,13 +105,13 @@ def store_columns_dealt(hidden_ptr, F, acc, row, column, end):
 @gluon.jit
 def store_hidden(hidden_ptr, F, acc, row, column_tile, end):
     """Epilogue of up: 64x256 of gate and up columns, in alternating blocks of 8, -> 64x128 of hidden."""
-    store_columns(hidden_ptr, F, acc, row, column_tile * (_BLOCK_N // 2), end)
+    store_hidden_columns(hidden_ptr, F, acc, row, column_tile * (_BLOCK_N // 2), end)
 
 
 @gluon.jit
 def store_hidden_dealt(hidden_ptr, F, acc, row, column_tile, end):
     """store_hidden of weights that TMA has dealt out."""
-    store_columns_dealt(hidden_ptr, F, acc, row, column_tile * (_BLOCK_N // 2), end)
+    store_hidden_columns_dealt(hidden_ptr, F, acc, row, column_tile * (_BLOCK_N // 2), end)
 
 
 @gluon.jit
@@ -146,9 +147,16 @@ def keep_hidden(hidden_ptr, F8, acc, row, column_tile, end, store: gl.constexpr)
 @gluon.jit
 def store_hidden_part(given, i: gl.constexpr, store: gl.constexpr):
     """Finish part i of what waits."""
-    hidden_ptr, F8, parts, row, column_tile, end = given
+    hidden_ptr, F8, waiting = given
+    parts, row, column_tile, end = waiting
     column = column_tile * (_BLOCK_N // 2) + _BLOCK_N // 4 + i * (_BLOCK_N // 8)
     store(hidden_ptr, F8 * 8, parts[i], row, column, end)
+
+
+@gluon.jit
+def keep_y(y_ptr, D8, acc, row, column_tile, end, store: gl.constexpr):
+    """A tile of down waits as a whole."""
+    return round_parts(acc)
 
 
 @gluon.jit
@@ -156,11 +164,9 @@ def consume_hidden(hidden_ptr, F8, k_steps, ring, DEALT: gl.constexpr, LATE: gl.
                    GATHERED: gl.constexpr):
     """A consumer of up. DEALT: weights are dealt out; LATE: a tile's right half is finished late."""
     if LATE:
-        nothing: gl.constexpr = no_hidden
-        keep: gl.constexpr = keep_hidden
-        finish_part: gl.constexpr = store_hidden_part
-        store: gl.constexpr = store_columns_dealt if DEALT else store_columns
-        consume_late(hidden_ptr, F8, k_steps, ring, nothing, keep, finish_part, store, _HIDDEN_PARTS, WG, GATHERED)
+        store: gl.constexpr = store_hidden_columns_dealt if DEALT else store_hidden_columns
+        consume_late(hidden_ptr, F8, k_steps, ring, no_hidden, keep_hidden, _HIDDEN_PARTS, store_hidden_part, store, WG,
+                     GATHERED)
     else:
         finish: gl.constexpr = store_hidden_dealt if DEALT else store_hidden
         consume(hidden_ptr, F8, k_steps, ring, finish, WG, GATHERED)
@@ -171,12 +177,9 @@ def consume_y(y_ptr, D8, k_steps, ring, DEALT: gl.constexpr, LATE: gl.constexpr,
               leave: gl.constexpr = None, stored=None):
     """A consumer of down. DEALT: weights are dealt out; LATE: tiles are stored late. leave, stored: consume's."""
     if LATE:
-        nothing: gl.constexpr = no_y
-        keep: gl.constexpr = keep_y
-        finish_part: gl.constexpr = store_y_part
         store: gl.constexpr = store_pairs_dealt if DEALT else store_pairs
-        consume_late(y_ptr, D8, k_steps, ring, nothing, keep, finish_part, store, _Y_PARTS, WG, False,
-                     leave, stored)
+        consume_late(y_ptr, D8, k_steps, ring, no_parts, keep_y, _ROUNDED_PARTS, store_part, store, WG, False, leave,
+                     stored)
     else:
         finish: gl.constexpr = store_y_dealt if DEALT else store_y
         consume(y_ptr, D8, k_steps, ring, finish, WG, False, 0, leave, stored)
@@ -298,7 +301,7 @@ def up_operands(
     check_gemm(E, D, F, plan, tile_rows)
     check("x_TD or rows_RD", rows, (rows.shape[0], D))
     check("gate_up_E2FD", gate_up_E2FD, (E, 2 * F, D))
-    check("hidden_RF", hidden_RF, (R, F))
+    check_out("hidden_RF", hidden_RF, (R, F))
     return describe_weights(gate_up_E2FD, True), hidden_RF, plan.tiles_X5, plan.tile_count, D // 8, F // 8
 
 
@@ -310,7 +313,7 @@ def down_operands(
     check_gemm(E, D, F, plan, tile_rows)
     check("hidden_RF", hidden_RF, (R, F))
     check("down_EDF", down_EDF, (E, D, F))
-    check("y_RD", y_RD, (R, D))
+    check_out("y_RD", y_RD, (R, D))
     descriptors = describe(hidden_RF, ROWS), describe_weights(down_EDF)
     return *descriptors, y_RD, plan.tiles_X5, plan.tile_count, D // 8, F // 8
 
@@ -365,7 +368,7 @@ def down(
     if hidden_RF.shape[0] > 0:  # TMA describes no empty matrix
         operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
         plan.count_once("down")
-        down_kernel[(programs,)](plan.claimed_down, *operands, LATE=finishes_late(hidden_RF.shape[1], Y_PARTS),
+        down_kernel[(programs,)](plan.claimed_down, *operands, LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS),
                                 **LAUNCH)
 
 
@@ -381,9 +384,9 @@ def straight(
     check_gemm(E, N, K, plan, 128)
     check("rows_RK", rows_RK, (R, K))
     check("weights_EKN", weights_EKN, (E, K, N))
-    check("out_RN", out_RN, (R, N))
+    check_out("out_RN", out_RN, (R, N))
     if R > 0:
         plan.count_once("down")
         weights = TensorDescriptor.from_tensor(weights_EKN, [1, BLOCK_K, BLOCK_N], _SWIZZLED_3D.value)
         straight_kernel[(programs,)](plan.claimed_down, describe(rows_RK, ROWS), weights, out_RN, plan.tiles_X5,
-                                     plan.tile_count, N // 8, K // 8, LATE=finishes_late(K, Y_PARTS), **LAUNCH)
+                                     plan.tile_count, N // 8, K // 8, LATE=finishes_late(K, ROUNDED_PARTS), **LAUNCH)

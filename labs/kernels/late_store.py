@@ -26,19 +26,19 @@ from labs.kernels.roles import (
     multiply,
     pass_on,
 )
-from labs.kernels.stores import halves
+from labs.kernels.stores import halves, store_wide
 
 from triton.experimental import gluon  # after common.level, which roles imports
 from triton.experimental.gluon import language as gl
 
 # In kernels M, N and K are the GEMM tile's axes.
 
-Y_PARTS = 4  # of a tile of down, 64 columns each
+ROUNDED_PARTS = 4  # of a tile that waits rounded, 64 columns each
 HIDDEN_PARTS = 2  # of the half of up's tile that waits, 32 columns of hidden each
 
-_Y_PARTS = gl.constexpr(Y_PARTS)
+_ROUNDED_PARTS = gl.constexpr(ROUNDED_PARTS)
 _HIDDEN_PARTS = gl.constexpr(HIDDEN_PARTS)
-_PAIRS = gl.constexpr(_BLOCK_N.value // Y_PARTS // 2)  # of neighbouring columns of a part of down's tile
+_PAIRS = gl.constexpr(_BLOCK_N.value // ROUNDED_PARTS // 2)  # of neighbouring columns in such a part
 
 
 def _pair_layout(registers: list[list[int]], lanes: list[list[int]]) -> gl.constexpr:
@@ -60,64 +60,60 @@ def finishes_late(K: int, parts: int) -> bool:
 
 # ------------------------------------------------------------------------------------------------------ consumer
 @gluon.jit
-def finish_all(given, finish_part: gl.constexpr, store: gl.constexpr, PARTS: gl.constexpr):
+def finish_parts(PARTS: gl.constexpr, finish_part: gl.constexpr, store: gl.constexpr, given):
     """Finish what waits, with no multiply beside it."""
     for i in gl.static_range(PARTS):
         finish_part(given, i, store)
 
 
 @gluon.jit
-def consume_late(out_ptr, width8, k_steps, ring, nothing: gl.constexpr, keep: gl.constexpr, finish_part: gl.constexpr,
-                 store: gl.constexpr, PARTS: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr,
+def consume_late(out_ptr, width8, k_steps, ring, nothing: gl.constexpr, keep: gl.constexpr, PARTS: gl.constexpr,
+                 finish_part: gl.constexpr, store: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr,
                  leave: gl.constexpr = None, stored=None):
-    """roles.py's consume, a tile or a part of it late; k_steps more than PARTS.
+    """roles.py's consume, a tile or half of it late; k_steps more than PARTS.
 
-    nothing(): what waits before the first tile. keep(out_ptr, width8, acc, row, column, end, store): finish a tile that
-    begins there but for the parts that it returns. finish_part((out_ptr, width8, parts, row, column, end), i, store):
-    finish part i. `store` is for these two to store with.
+    nothing(): the parts that wait before the first tile. keep(out_ptr, width8, acc, row, column, end, store): finish a
+    tile that begins there but for the parts that it returns. finish_part((out_ptr, width8, waiting), i, store): finish
+    part i of what waits: parts, and row, column and end of their tile. `store` is for these two to store with.
     """
     stage = 0
     phase = 0
     left = 0
-    kept = nothing()
-    kept_row = 0
-    kept_column = 0
-    kept_end = 0
+    waiting = nothing(), 0, 0, 0  # parts; row, column and end of their tile
     row, used, column, band = listen(ring, stage, phase)
     while used > 0:
         if leave is not None:
             if band > left:
-                finish_all((out_ptr, width8, kept, kept_row, kept_column, kept_end), finish_part, store, PARTS)
-                kept_end = 0
+                finish_parts(PARTS, finish_part, store, (out_ptr, width8, waiting))
+                waiting = waiting[0], waiting[1], waiting[2], 0
                 leave(stored, left, band)
-            left = 0 + band
+            left = band
         whole = used > _ROWS
         if whole | (column % 2 == WG):
             acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED, PARTS, finish_part, store,
-                                         (out_ptr, width8, kept, kept_row, kept_column, kept_end))
-            kept_row = row + gl.where(whole, WG * _ROWS, 0)
-            kept_column = 0 + column
-            kept_end = row + used
-            kept = keep(out_ptr, width8, acc, kept_row, kept_column, kept_end, store)
+                                         (out_ptr, width8, waiting))
+            first = row + gl.where(whole, WG * _ROWS, 0)
+            end = row + used
+            waiting = keep(out_ptr, width8, acc, first, column, end, store), first, column, end
         else:
             stage, phase = pass_on(ring, stage, phase, k_steps)
         row, used, column, band = listen(ring, stage, phase)
-    finish_all((out_ptr, width8, kept, kept_row, kept_column, kept_end), finish_part, store, PARTS)
+    finish_parts(PARTS, finish_part, store, (out_ptr, width8, waiting))
     if leave is not None:
         leave(stored, left, _BANDS)
 
 
-# ------------------------------------------------------------------------------------------ what down's tiles keep
+# ------------------------------------------------------------------------------------------- tiles that wait rounded
 @gluon.jit
-def no_y():
+def no_parts():
     """Parts of no tile."""
     part = gl.zeros([_ROWS, _PAIRS], gl.int32, _ACC_PAIRS)
     return part, part, part, part
 
 
 @gluon.jit
-def keep_y(y_ptr, D8, acc, row, column_tile, end, store: gl.constexpr):
-    """64x256 of y, rounded: four parts of 64 columns, pairs of neighbours in an int32. Nothing is stored yet.
+def round_parts(acc):
+    """A tile, rounded: four parts of 64 columns, pairs of neighbours in an int32.
 
     Rounded by an instruction that the compiler cannot see through: it would carry the accumulator to where it is stored
     and round it there, in twice the registers, and ptxas would then run the wgmmas one after the other.
@@ -135,11 +131,8 @@ def keep_y(y_ptr, D8, acc, row, column_tile, end, store: gl.constexpr):
 @gluon.jit
 def store_wide_pairs(out_ptr, pairs, row, column, width8, end):
     """Store those of 64 rows of pairs before `end`, and of their columns before the width, 16 bytes a thread."""
-    r = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _WIDE_PAIRS))
-    c = column // 2 + gl.arange(0, _PAIRS, layout=gl.SliceLayout(0, _WIDE_PAIRS))
     pairs_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    pointers = pairs_ptr + (r.to(gl.int64) * (width8 * 4))[:, None] + c[None, :]  # R * width passes 2**31
-    gl.store(pointers, pairs, mask=(r < end)[:, None] & (c < width8 * 4)[None, :])
+    store_wide(pairs_ptr, pairs, row, column // 2, width8 * 4, width8 * 4, end)
 
 
 @gluon.jit
@@ -159,7 +152,8 @@ def store_pairs_dealt(out_ptr, pairs, row, column, width8, end):
 
 
 @gluon.jit
-def store_y_part(given, i: gl.constexpr, store: gl.constexpr):
-    """Store part i of a tile that waits."""
-    y_ptr, D8, parts, row, column_tile, end = given
-    store(y_ptr, parts[i], row, column_tile * _BLOCK_N + i * (2 * _PAIRS), D8, end)
+def store_part(given, i: gl.constexpr, store: gl.constexpr):
+    """Store part i of a tile that waits rounded."""
+    out_ptr, width8, waiting = given
+    parts, row, column_tile, end = waiting
+    store(out_ptr, parts[i], row, column_tile * _BLOCK_N + i * (2 * _PAIRS), width8, end)

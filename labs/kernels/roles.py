@@ -7,8 +7,8 @@ Three parties share a ring of 4 stages, each 128 rows and 256 weight rows by 64 
     gather: 4 warps, cp.async the rows, TMA the   wait full[s]
             weights; 129 arrivals; gathering.py   wgmma 64x256x64 from stage s, one left in flight
     rows:   1 warp, TMA both; 1 arrival           arrive empty[s - 1]: 2 arrivals
-    wait empty[s] before either                   after the last step: the kernel's own `finish`, or beside the
-                                                  next tile's steps (late_store.py)
+    wait empty[s] before either                   after the last step: the kernel's own `finish`; or late, beside
+                                                  the next tile's steps (late_store.py)
 
 A program claims its next output tile from a counter that all share. So tiles are begun in their order whatever each
 costs, the row tiles of a group meet in L2 over the weights they share, and no program is done long before the others.
@@ -43,7 +43,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # A tensor's suffix is its shape: x_TD is (T, D). In kernels M, N and K are the GEMM tile's axes.
 # Gluon's API as used here and in its neighbours is the same in Triton 3.6 and 3.7.1 but for two things: 3.6 passes a
-# function through warp_specialize only as a constexpr, so a kernel says `finish: gl.constexpr = store_hidden` first;
+# function through warp_specialize only as a constexpr, so a kernel says `leave: gl.constexpr = leave_bands` first;
 # and what waits for a role's other threads has another name.
 
 BLOCK_N = 256  # weight rows of a tile: the widest wgmma, so the fewest reads of shared memory
@@ -380,15 +380,14 @@ def multiply(ring, stage, phase, k_steps, WG: gl.constexpr, GATHERED: gl.constex
     """
     _rows, _weights, _told, _full, empty = ring
     acc = gl.zeros([_ROWS, _BLOCK_N], gl.float32, _ACC)
-    previous = 0  # not `= stage`: Triton drops a loop-carried name that starts as another's alias
     acc = multiply_step(ring, stage, phase, acc, WG, GATHERED, False)
-    previous += stage
+    previous = stage
     stage, phase = next_stage(stage, phase, _STAGES)
     for i in gl.static_range(STEPS_BESIDE):
         acc = multiply_step(ring, stage, phase, acc, WG, GATHERED)
         mbarrier.arrive(empty.index(previous))
         beside(given, i, store)
-        previous = 0 + stage
+        previous = stage
         stage, phase = next_stage(stage, phase, _STAGES)
     # The first step stands outside: with it inside, ptxas serialises the wgmmas.
     for _ in range(1 + STEPS_BESIDE, k_steps):
@@ -448,7 +447,7 @@ def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constex
         if leave is not None:
             if band > left:
                 leave(stored, left, band)
-            left = 0 + band  # not `= band`: Triton drops a loop-carried name that becomes another's alias
+            left = band
         stage, phase = multiply_share(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
                                       GATHERED, MORE_STAGES)
         row, used, column, band = listen(ring, stage, phase)

@@ -141,6 +141,15 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.
                          f"but must be contiguous {dtype} {shape}")
 
 
+def check_out(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """`check` of a bf16 output, which is stored 16 bytes a thread: raises ValueError at an address that 16 does not
+    divide, too."""
+    check(name, tensor, shape)
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"{name} lies at an address that 16 does not divide, a view of something else: give a tensor "
+                         "of its own")
+
+
 def check_gemm(E: int, D: int, F: int, plan: TilePlan, tile_rows: int) -> None:
     """Raise ValueError for sizes that TMA cannot address, and for a plan made for other tiles."""
     if E < 1 or D < 8 or F < 8 or D % 8 or F % 8:

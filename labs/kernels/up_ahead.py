@@ -10,7 +10,7 @@ How    64 spare threads of each program copy units of 8 rows, in the order in wh
        it by TMA, mostly from L2.
 
     producer    1 warp          wait until ready[row tile] is full, begun += 1; TMA: rows and weights of a stage
-    consumers   2 warpgroups    roles.py's
+    consumers   2 warpgroups    grouped_gemm.py's consume_hidden
     gatherer    2 warps         every grid-th unit: wait until it is wanted soon, copy its 8 rows, ready[row tile] += 1
 
 Costs  rows (R, D) is written and read once. A program waits for the gatherers of all others: every program must be on

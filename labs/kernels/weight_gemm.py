@@ -13,9 +13,9 @@ by 256, 208 KB. The 256 columns stay for the whole run if 4 stages hold all thei
     wait empty[s] before either ring              wgmma 64x256x64, one left in flight
     sorted operand by TMA, 1 arrival on full[s];  arrive empty[s - 1]: 2 arrivals; of the 256 columns only where the
     gathered by cp.async, 128 arrivals            run ends, if they stay
-                                                  beside the next tile's steps (late_store.py), or before it where
-                                                  it has few: stores from registers, 16 bytes a thread; where a
-                                                  float32 buffer is added to, after the last step, 8, read before
+                                                  stores, 16 bytes a thread: beside the next tile's steps
+                                                  (late_store.py), or before them where these are few; into a
+                                                  float32 buffer at once, 8 bytes, read before
 
 Rows past an expert's end are zeros in the gathered operand, the next experts' in the sorted one. An expert without
 rows has one step of these, and gets zeros.
@@ -35,7 +35,8 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.late_store import _Y_PARTS, finish_all, keep_y, no_y, store_pairs, store_y_part
+from labs.kernels.launch import sm_count
+from labs.kernels.late_store import _ROUNDED_PARTS, finish_parts, no_parts, round_parts, store_pairs, store_part
 from labs.kernels.roles import (
     _ACC,
     _ACC_QUARTER,
@@ -50,7 +51,7 @@ from labs.kernels.roles import (
     open_barriers,
 )
 from labs.kernels.stores import halves
-from labs.kernels.launch import sm_count
+from labs.kernels.tiles import check_out
 
 import triton  # after common.level, which launch imports
 from triton.experimental import gluon
@@ -190,22 +191,19 @@ def multiply(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, r
     `steps` is more than these.
     """
     _, _, narrow_empty, _, _, wide_empty = rings
-    store: gl.constexpr = store_pairs
     acc = gl.zeros([_M_HALF, _BLOCK_N], gl.float32, _ACC)
-    narrow_before = 0  # not `= narrow_stage`: Triton drops a loop-carried name that starts as another's alias
-    wide_before = 0
     acc = multiply_step(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, acc, WG, False)
-    narrow_before += narrow_stage
-    wide_before += wide_stage
+    narrow_before = narrow_stage
+    wide_before = wide_stage
     narrow_stage, narrow_phase = next_stage(narrow_stage, narrow_phase, _NARROW_STAGES)
     wide_stage, wide_phase = next_stage(wide_stage, wide_phase, _WIDE_STAGES)
     for i in gl.static_range(STEPS_BESIDE):
         acc = multiply_step(rings, narrow_stage, narrow_phase, wide_stage, wide_phase, acc, WG, True)
         mbarrier.arrive(narrow_empty.index(narrow_before))
         mbarrier.arrive(wide_empty.index(wide_before), pred=release)
-        store_y_part(given, i, store)
-        narrow_before = 0 + narrow_stage
-        wide_before = 0 + wide_stage
+        store_part(given, i, store_pairs)
+        narrow_before = narrow_stage
+        wide_before = wide_stage
         narrow_stage, narrow_phase = next_stage(narrow_stage, narrow_phase, _NARROW_STAGES)
         wide_stage, wide_phase = next_stage(wide_stage, wide_phase, _WIDE_STAGES)
     # The first step stands outside: with it inside, ptxas serialises the wgmmas. And not `for _ in range(1, steps)`:
@@ -244,10 +242,8 @@ def add_rows(out_ptr, values, row, column, width, end):
 
 @gluon.jit
 def consume(out_ptr, G8, S8, offsets_ptr, walk, rings, WG: gl.constexpr, WIDE: gl.constexpr, ACCUMULATE: gl.constexpr):
-    """Warpgroup WG of every tile of this program: multiply, and add its 64 rows of the expert's matrix, or store them:
-    late (late_store.py), where the next tile has a step for each part."""
-    store: gl.constexpr = store_pairs
-    store_part: gl.constexpr = store_y_part
+    """Warpgroup WG of every tile of this program: multiply, and add its 64 rows of the expert's matrix, or keep them:
+    to be stored beside the next tile's steps (late_store.py), or before these where they are too few."""
     rows = S8 * 8 if WIDE else G8 * 8
     width8 = G8 if WIDE else S8
     width = width8 * 8
@@ -255,11 +251,8 @@ def consume(out_ptr, G8, S8, offsets_ptr, walk, rings, WG: gl.constexpr, WIDE: g
     narrow_phase = 0
     wide_stage = 0
     wide_phase = 0
-    kept = no_y()
-    kept_matrix = out_ptr
-    kept_row = 0
-    kept_column = 0
-    kept_end = 0
+    waiting = no_parts(), 0, 0, 0
+    matrix_waiting = out_ptr
     grid = gl.num_programs(0)
     expert, first, end, m_first, m_end, n = find_run(offsets_ptr, gl.program_id(0), walk, WIDE)
     for run in range(gl.program_id(0), walk[0], grid):
@@ -275,25 +268,23 @@ def consume(out_ptr, G8, S8, offsets_ptr, walk, rings, WG: gl.constexpr, WIDE: g
                     rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG)
                 add_rows(matrix, acc, row, n * _BLOCK_N, width, rows)
             else:
-                given = kept_matrix, width8, kept, kept_row, kept_column, kept_end
-                if steps > _Y_PARTS:
+                given = matrix_waiting, width8, waiting
+                if steps > _ROUNDED_PARTS:
                     acc, narrow_stage, narrow_phase, stage_after, phase_after = multiply(
-                        rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG, _Y_PARTS, given)
+                        rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG, _ROUNDED_PARTS,
+                        given)
                 else:
-                    finish_all(given, store_part, store, _Y_PARTS)
+                    finish_parts(_ROUNDED_PARTS, store_part, store_pairs, given)
                     acc, narrow_stage, narrow_phase, stage_after, phase_after = multiply(
                         rings, narrow_stage, narrow_phase, wide_stage, wide_phase, steps, release, WG)
-                kept = keep_y(matrix, width8, acc, row, n, rows, store)
-                kept_matrix = matrix
-                kept_row = 0 + row
-                kept_column = 0 + n
-                kept_end = 0 + rows
+                waiting = round_parts(acc), row, n, rows
+                matrix_waiting = matrix
             wide_stage = gl.where(release, stage_after, wide_stage)
             wide_phase = gl.where(release, phase_after, wide_phase)
             m += 1
         expert, first, end, m_first, m_end, n = after
     if not ACCUMULATE:
-        finish_all((kept_matrix, width8, kept, kept_row, kept_column, kept_end), store_part, store, _Y_PARTS)
+        finish_parts(_ROUNDED_PARTS, store_part, store_pairs, (matrix_waiting, width8, waiting))
 
 
 @gluon.jit(do_not_specialize=["G8", "S8", "length"])
@@ -341,8 +332,11 @@ def run_length(R: int, E: int) -> int:
 
 def weight_gemm(gathered_TG: torch.Tensor, token_of_row_R: torch.Tensor, sorted_RS: torch.Tensor,
                 offsets_E1: torch.Tensor, out: torch.Tensor, transposed: bool, accumulate: bool) -> None:
-    """weight_grad of backward_weights.py, which has checked the arguments, on sm_90 and in bf16."""
+    """weight_grad of backward_weights.py, which has checked the arguments, on sm_90 and in bf16. Raises ValueError for
+    an `out` that is not added to, at an address that 16 does not divide."""
     (R, S), G, E = sorted_RS.shape, gathered_TG.shape[1], offsets_E1.numel() - 1
+    if not accumulate:
+        check_out("out", out, tuple(out.shape))
     if gathered_TG.data_ptr() % 16:  # a gradient may be a view of something flat; cp.async takes 16 bytes
         gathered_TG = gathered_TG.clone()
     length = run_length(R, E)

@@ -190,7 +190,9 @@ def roles_kernel(
     N8, K8,  # N / 8 and K / 8
     PART: gl.constexpr,  # 0 whole, 1 loads only, 2 multiply only
 ):
-    """Level 8's down projection, or a part of it. Grid (SMs,): a program owns the 128 x 256 tiles that it claims."""
+    """Level 8's down projection as it is where F is short, each tile stored at once, or a part of it.
+
+    Grid (SMs,): a program owns the 128 x 256 tiles that it claims."""
     finish: gl.constexpr = store_y
     ring = open_ring(1)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, N8 * 8, K8 * 8)
