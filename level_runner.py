@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +22,10 @@ from common.level import Loaded, discover
 from common.measure import environment
 from common.peers import PEERS, Peer
 from common.references import REFERENCES
-from common.results import load, results_path, save
+from common.results import load, prepare_folder, results_path, save
 from common.revisions import levels_at
 from common.run import Interrupted, run_workload
-from common.show import RunTable, Screen, against_lines, error_exit
+from common.show import RunTable, Screen, against_lines, error_exit, shown
 
 ROOT = Path(__file__).resolve().parent
 RECORDED = ROOT / "plots"
@@ -69,11 +68,13 @@ def choose_peers(text: str | None) -> list[Peer]:
     names = list(known) if text == "all" else text.split(",") if text else []
     for name in names:
         if name not in known:
-            raise ValueError(f"--peers {text}: {name!r} is none of {', '.join(known)}")
+            meant = next((one for one in known if one.lower() == name.strip().lower()), None)
+            raise ValueError(f"--peers {text}: {name!r} is none of {', '.join(known)}"
+                             + (f"; did you mean {meant}?" if meant else ""))
     return [known[name] for name in names]
 
 
-def choose_levels(text: str | None, levels: Sequence[Loaded]) -> list[Loaded]:
+def choose_levels(text: str | None, levels: Sequence[Loaded], argument: str = "--levels") -> list[Loaded]:
     """`0-4,6` -> those levels. Raises ValueError naming a level that does not exist or a part that does not parse."""
     if text is None:
         return list(levels)
@@ -82,26 +83,15 @@ def choose_levels(text: str | None, levels: Sequence[Loaded]) -> list[Loaded]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"--levels {text}: {part!r} is neither a number nor a range such as 0-4")
+            raise ValueError(f"{argument} {text}: {part!r} is neither a number nor a range such as 0-4")
         if dash and int(last) < int(first):
-            raise ValueError(f"--levels {text}: {part!r} runs backwards, did you mean {last}-{first}?")
+            raise ValueError(f"{argument} {text}: {part!r} runs backwards, did you mean {last}-{first}?")
         chosen.update(range(int(first), int(last if dash else first) + 1))
     unknown = sorted(chosen - set(known))
     if unknown:
-        raise ValueError(f"--levels {text}: no level {', '.join(map(str, unknown))}; there are "
+        raise ValueError(f"{argument} {text}: no level {', '.join(map(str, unknown))}; there are "
                          f"{', '.join(map(str, known))}")
     return [known[number] for number in sorted(chosen)]
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make `folder` and prove that it can be written. Raises ValueError naming it, before any GPU work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written: {error}") from error
 
 
 def draw(paths: Sequence[Path], folder: Path, screen: Screen) -> None:
@@ -114,7 +104,7 @@ def draw(paths: Sequence[Path], folder: Path, screen: Screen) -> None:
         screen.print(f"drawing {path.name} ...")
         charts = draw_all(load(path), folder, path.stem)
         names = dict.fromkeys(chart.stem.removeprefix(path.stem + "_") for chart in charts)
-        screen.print(f"  {os.path.relpath(folder / path.stem)}_* (png, svg): {', '.join(names)}")
+        screen.print(f"  {shown(folder / path.stem)}_* (png, svg): {', '.join(names)}")
 
 
 def main(argv: Sequence[str] | None = None, levels: Sequence[Loaded] | None = None) -> int:
@@ -155,7 +145,7 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
     if args.profile is not None:
         from common.profile import profile_level
 
-        (loaded,) = choose_levels(str(args.profile), levels)
+        (loaded,) = choose_levels(str(args.profile), levels, "--profile")
         (workload, *more), _ = parse_workloads(args, device)
         if more and args.tokens:
             raise ValueError(f"--profile takes one token count, --tokens {args.tokens} are {1 + len(more)}")
@@ -187,15 +177,15 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
         runs.append(run)
         path = save(out, run)
         if interrupted:
-            screen.print(f"interrupted: what was measured is in {os.path.relpath(path)}, marked partial")
+            screen.print(f"interrupted: what was measured is in {shown(path)}, marked partial")
             return 130
-    screen.print(f"results: {os.path.relpath(path)}")
+    screen.print(f"results: {shown(path)}")
     if args.against:
         pass
     elif device.type == "cuda":
         draw([path], out, screen)
     elif args.levels or args.quick:  # a quick look: half a minute of charts would be in its way
-        screen.print(f"\nNo GPU here, so no times to chart. The recorded GPU runs' are in {os.path.relpath(RECORDED)}.")
+        screen.print(f"\nNo GPU here, so no times to chart. The recorded GPU runs' are in {shown(RECORDED)}.")
     else:
         screen.print("\nNo GPU here, so no times to chart. The charts of the recorded GPU runs:")
         draw(sorted(RECORDED.glob("*.json")), out, screen)

@@ -47,7 +47,8 @@ def parse_workloads(args: argparse.Namespace, device: torch.device) -> tuple[lis
     if args.tokens is not None:
         parts = args.tokens.split(",")
         if not all(part.strip().isdigit() for part in parts):
-            raise ValueError(f"--tokens {args.tokens}: give whole numbers separated by commas, for example 64,512")
+            raise ValueError(f"--tokens {args.tokens}: give whole numbers of at least 1 separated by commas, for "
+                             "example 64,512")
         tokens = tuple(int(part) for part in parts)
     rounds = args.rounds if args.rounds is not None else (60 if on_gpu else 3)
     if rounds < 1:

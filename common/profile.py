@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ from common.config import Workload
 from common.level import Loaded, Unsupported
 from common.measure import profile_call
 from common.model import make_inputs, make_weights
-from common.show import Screen, number
+from common.run import interpreter_note
+from common.show import Screen, number, shown
 
 SEAMS = ("route", "dispatch", "experts", "combine", "experts_combined")
 CALLS = 3
@@ -73,7 +73,8 @@ def profile_level(loaded: Loaded, workload: Workload, device: torch.device, out:
     except Unsupported as lack:
         screen.print(f"level {level.number} {level.name}: n/a ({lack})")
         return 1
-    screen.print(f"profiling level {level.number} {level.name} on {workload.config.name} T={workload.T} ...")
+    note = interpreter_note(workload) if level.interpreted(device) else ""
+    screen.print(f"profiling level {level.number} {level.name} on {workload.config.name} T={workload.T}{note} ...")
     weights = make_weights(workload.config, workload.dtype, device, workload.seed)
     x_TD = make_inputs(workload, weights)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -103,5 +104,5 @@ def profile_level(loaded: Loaded, workload: Workload, device: torch.device, out:
         screen.print(table)
     else:
         screen.print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-    screen.print(f"trace: {os.path.relpath(trace)} (open in https://ui.perfetto.dev)")
+    screen.print(f"trace: {shown(trace)} (open in https://ui.perfetto.dev)")
     return 0

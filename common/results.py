@@ -158,6 +158,19 @@ def results_path(folder: Path, environment: dict[str, object], preset: str, part
     return folder / f"{gpu_slug(environment)}_{preset}{'_partial' if partial else ''}.json"
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make `folder` and prove that it can be written. Raises ValueError naming it, before anything is measured."""
+    try:
+        if folder.is_file():
+            raise ValueError(f"--out {folder} is a file, give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error}") from error
+
+
 def save(folder: Path, run: Run) -> Path:
     """Write `run` into its file in `folder`, in place of an earlier run of the same workload; other runs
     stay. The file is replaced whole or not at all. Raises ValueError if the file there has another schema."""

@@ -30,6 +30,7 @@ PROFILED_CALLS = 9
 # A call that takes longer is profiled once, and not sustained: a turn would hold too few.
 SLOW_MS = 100
 OFF = "rounding is off: under two tiles of rows an expert"
+INTERPRETED_FLOPS = 1e9  # of a forward: about a minute of Triton's interpreter
 
 
 class Reporter(Protocol):
@@ -91,7 +92,8 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
     run.rows = [subject.row for subject in subjects]
     try:
         for subject in subjects:
-            reporter.stage(f"{subject.row.name}: building, checking against the oracle")
+            note = interpreter_note(workload) if subject.interpreted else ""
+            reporter.stage(f"{subject.row.name}: building, checking against the oracle{note}", long=bool(note))
             _build_and_gate(subject, workload, x_TD, batches, expected, device)
             reporter.update(run)
         ready = [subject for subject in subjects if subject.forward is not None]
@@ -100,6 +102,13 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
         run.partial = True
         raise Interrupted(run) from None
     return run
+
+
+def interpreter_note(workload: Workload) -> str:
+    """What to say before a level runs in Triton's interpreter: nothing where it is quick."""
+    if flops(workload) < INTERPRETED_FLOPS:
+        return ""
+    return ", in Triton's interpreter, which may take hours at this size: --preset tiny --tokens 64 takes seconds"
 
 
 def _level_subject(loaded: Loaded, variant: str, workload: Workload, weights: Weights,

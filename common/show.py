@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
@@ -19,6 +20,12 @@ def error_exit(error: Exception) -> int:
     """Print `error: ...` to standard error; the exit status for bad input, 2."""
     print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+def shown(path: Path) -> str:
+    """A path as it is best said from here: relative below the current folder, else whole."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -104,7 +111,8 @@ def title(run: Run) -> str:
 
 
 LOG_WIDTH = 200  # where there is no terminal: room for all columns
-# Columns that go, the first ones first, where a terminal is too narrow for all.
+# Columns that go, the empty ones and then the first ones first, where a terminal is too narrow for all. Of a run
+# without a GPU the errors go last: its times mean little.
 DISPENSABLE = ("TFLOP/s", "build s", "syncs", "rel. error", "roofline", "peak MiB", "sustained", "launches", "bound",
                "GPU ms", "p20-p80", "step", "total")
 
@@ -147,8 +155,11 @@ class RunTable:
         rows = [_cells(row, gains.get(row.name) if row.kind == "level" else None) for row in run.rows]
         widths = {heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in rows[0]}
         hidden: list[str] = []
-        while sum(widths.values()) + 3 * len(widths) + 1 > options.max_width and len(hidden) < len(DISPENSABLE):
-            hidden.append(DISPENSABLE[len(hidden)])
+        empty = [heading for heading in DISPENSABLE if all(str(row[heading]) in {"", "-"} for row in rows)]
+        last = () if run.environment["sm"] else ("rel. error",)
+        goes = [*empty, *(heading for heading in DISPENSABLE if heading not in (*empty, *last)), *last]
+        while sum(widths.values()) + 3 * len(widths) + 1 > options.max_width and len(hidden) < len(goes):
+            hidden.append(goes[len(hidden)])
             del widths[hidden[-1]]
         table = Table(title=title(run) + ("  (partial)" if run.partial else ""), title_justify="left")
         for heading in widths:

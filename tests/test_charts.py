@@ -246,6 +246,20 @@ def test_a_narrow_terminal_keeps_names_and_times(width, seen, unseen):
     assert unseen not in text
 
 
+def test_a_narrow_terminal_drops_empty_columns_first_and_without_a_gpu_the_errors_last():
+    rows = [replace(row, gpu_ms=None, sustained_ms=None, rel_err=1e-7) for row in WITH_PEERS[0].rows]
+    text = {}
+    for sm in ("sm_90", None):
+        console = Console(width=62, record=True, file=StringIO())
+        console.print(RunTable(replace(WITH_PEERS[0], rows=rows, environment={**WITH_PEERS[0].environment, "sm": sm})))
+        text[sm] = " ".join(console.export_text().split())
+    for dropped in text.values():
+        reasons = dropped[dropped.index("no room for"):]
+        assert reasons.index("GPU ms") < reasons.index("roofline") > reasons.index("sustained")
+    assert "1.0e-07" not in text["sm_90"]
+    assert "1.0e-07" in text[None]
+
+
 def test_a_log_has_room_for_all_columns():
     for path in (*RECORDED, *BESIDE_PEERS):
         for run in load(path):

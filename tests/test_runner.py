@@ -276,6 +276,9 @@ BAD_INPUT = [
     (["--levels", "2-"], "'2-' is neither a number nor a range"),
     (["--profile", "4", "--tokens", "8,16"], "--profile takes one token count"),
     (["--tokens", ""], "--tokens : give whole numbers"),
+    (["--tokens", "-5"], "--tokens -5: give whole numbers of at least 1"),
+    (["--profile", "42"], "--profile 42: no level 42"),
+    (["--peers", "sonicmoe"], "did you mean SonicMoE?"),
     (["--routing", "random"], "routing='random' is unknown: choose one of natural"),
     (["--shape", "8,16,16,2,4"], "K=4 is more than E=2"),
     (["--shape", "8,16,0,2,1"], "F=0: sizes are whole numbers of at least 1"),
@@ -288,6 +291,7 @@ BAD_INPUT = [
     (["--rounds", "0"], "--rounds 0"),
     (["--preset", "tiny", "--shape", "8,16,16,4,2"], "give one of them"),
     (["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
+    (["--out", __file__], "is a file, give a folder"),
 ]
 
 
@@ -296,6 +300,17 @@ def test_bad_input_is_named_before_any_work(arguments, message, capsys, monkeypa
     monkeypatch.setattr(level_runner, "run_workload", lambda *_: pytest.fail("work started"))
     assert level_runner.main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="Triton is interpreted only where there is no GPU")
+@pytest.mark.parametrize(("flops", "said"), [(0, True), (1e9, False)])
+def test_a_size_that_takes_the_interpreter_long_is_announced(flops, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(common_run, "INTERPRETED_FLOPS", flops)
+    size = ["--preset", "tiny", "--tokens", "4", "--out", str(tmp_path)]
+    assert level_runner.main(["--levels", "2", "--rounds", "1", *size]) == 0
+    assert ("in Triton's interpreter, which may take hours" in capsys.readouterr().out) == said
+    assert level_runner.main(["--profile", "2", *size]) == 0
+    assert ("in Triton's interpreter, which may take hours" in capsys.readouterr().out) == said
 
 
 @pytest.mark.draws

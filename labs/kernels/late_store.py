@@ -1,14 +1,19 @@
-"""Tiles that are finished late: what a tile becomes waits in registers, and is stored beside the next one's multiply.
+"""Tiles that are finished late: a finished tile waits in registers, and is stored beside the next one's multiply.
 
-    tile n      step 0   1            2            3            4            ...   last    keep
-    wgmma       ======   ==========   ==========   ==========   ==========   ===   ====
+    down        step 0   1            2            3            4            5 ...   last   keep
+    tile n      wgmma    wgmma        wgmma        wgmma        wgmma        wgmma   wgmma  round into 64 registers
     tile n - 1           store part   store part   store part   store part
 
-What   roles.py's consume, for kernels whose epilogue needs nothing but the accumulator.
+What   A variant of roles.py's consume, for kernels whose epilogue needs nothing but the accumulator.
 Why    A consumer that stores a whole tile at once waits until its stores are taken, and no wgmma runs meanwhile: both
-       warpgroups end a tile at nearly the same time (LOG.md).
-How    64 registers a thread hold a tile of down, rounded; or of up half an accumulator, as it is, while the other half
-       is finished at once. A part at a time is finished while a K step's wgmmas run, from the second step on.
+       warpgroups end a tile at nearly the same time (LOG.md, rows 29 to 31).
+How    64x256 in float32 are 128 registers a thread, and 64 more is what there is room for.
+       down: the tile is rounded into 64, nothing is stored yet; four parts are, beside steps 1 to 4.
+       up: half of the accumulator waits as it is, in 64, and gets its SwiGLU and its stores in two parts, beside steps
+       1 and 2; the other half is finished at once.
+       A part comes after its step's wgmma has started, as before it its stores would hold the wgmma back. Step 0 has
+       none: the registers of the tile before are being moved there.
+       The last tile, and the last before a band ends, are stored with nothing beside them.
 Costs  64 registers a consumer's thread, and a longer kernel to compile. Inner dimensions of a few K steps only have no
        room for it (`finishes_late`).
 
@@ -72,9 +77,10 @@ def consume_late(out_ptr, width8, k_steps, ring, nothing: gl.constexpr, keep: gl
                  leave: gl.constexpr = None, stored=None):
     """roles.py's consume, a tile or half of it late; k_steps more than PARTS.
 
-    nothing(): the parts that wait before the first tile. keep(out_ptr, width8, acc, row, column, end, store): finish a
-    tile that begins there but for the parts that it returns. finish_part((out_ptr, width8, waiting), i, store): finish
-    part i of what waits: parts, and row, column and end of their tile. `store` is for these two to store with.
+    nothing(): the parts that wait before the first tile. keep(out_ptr, width8, acc, row, column, end, store): finish
+    what need not wait of the tile at (row, column), return the parts that wait. finish_part((out_ptr, width8, waiting),
+    i, store): finish part i of what waits, which is parts, and row, column and end of their tile. `store` is for these
+    two to store with.
     """
     stage = 0
     phase = 0

@@ -20,7 +20,8 @@ import torch
 from common.charts import STYLE, put_under
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
 from common.measure import Spread, WallClock, environment, interleave
-from common.results import gpu_slug
+from common.results import gpu_slug, prepare_folder
+from common.show import shown
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -73,15 +74,17 @@ def main(study: Study, argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     try:
         if args.plot:
-            record = renew(load(args.plot, study), study, args.plot)
-            out = args.out or args.plot.parent
+            record, out = load(args.plot, study), args.out or args.plot.parent
+            prepare_folder(out)
+            record = renew(record, study, args.plot)
         else:
             device = torch.device(args.device)
+            out = args.out or default_folder(device, study)
+            prepare_folder(out)
             options = Options(device, device.type == "cuda" and not args.quick, Progress(study.name), args)
             console.print(f"[bold]{study.name}[/]: {study.question}")
             stamp = environment(device)
             record = make_record(study, study.measure(options), stamp, options.full)
-            out = args.out or default_folder(device, study)
             path = save(record, study, out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -149,11 +152,6 @@ def positive(text: str) -> int:
 def default_folder(device: torch.device, study: Study) -> Path:
     """In plots for recorded GPU figures; a CPU's go to out, which git ignores."""
     return ROOT / ("plots" if device.type == "cuda" else "out") / study.folder
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be said from here."""
-    return os.path.relpath(path)
 
 
 # ---- the JSON ------------------------------------------------------------------------------------
