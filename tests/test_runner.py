@@ -24,6 +24,7 @@ from common.profile import named_ranges
 from common.results import Run, load
 from common.run import Interrupted, run_workload
 from common.show import Screen
+from labs.studies import routing, study
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -311,6 +312,16 @@ def test_a_size_that_takes_the_interpreter_long_is_announced(flops, said, monkey
     assert ("in Triton's interpreter, which may take hours" in capsys.readouterr().out) == said
     assert level_runner.main(["--profile", "2", *size]) == 0
     assert ("in Triton's interpreter, which may take hours" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("words", [(), ("--plot", str(level_runner.RECORDED / "studies" / "h200_routing.json"))],
+                         ids=["measure", "plot"])
+def test_a_study_names_a_folder_that_it_cannot_write_before_it_measures(words, monkeypatch, capsys):
+    monkeypatch.setattr(study, "make_record", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(study, "renew", lambda *_: pytest.fail("renewed"))
+    for out, message in (("/proc/nowhere", "cannot be written"), (__file__, "is a file, give a folder")):
+        assert study.main(routing.STUDY, ["--out", out, *words]) == 2
+        assert f"error: --out {out} {message}" in capsys.readouterr().err
 
 
 @pytest.mark.draws

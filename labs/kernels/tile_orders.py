@@ -36,6 +36,7 @@ from common.config import MoEConfig, Workload, preset
 from common.level import Unsupported
 from common.measure import environment
 from common.model import Weights, make_inputs, make_weights
+from common.results import prepare_folder
 from common.show import error_exit, number
 from labs.kernels.grouped_gemm import down, up_gather
 from labs.kernels.launch import sm_count
@@ -186,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.show:
             if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
                 raise Unsupported("needs CUDA sm_90; what was measured: --show")
+            prepare_folder(args.out)
             options = study.Options(torch.device("cuda"), True, study.Progress(STUDY.name), args)
             stamp = environment(options.device)
             paths = [study.save(study.make_record(STUDY, measure(options), stamp, True), STUDY, args.out)]
