@@ -41,6 +41,7 @@ from labs.studies.study import (
     PlainTable,
     Refused,
     Study,
+    changes,
     figure,
     legend_above,
     main,
@@ -248,16 +249,17 @@ def conclude(figures: dict) -> str:
     """Speedup and memory of all shapes, and what checkpointing costs."""
     shapes = figures["shapes"]
     gains = ", ".join(f"{title(shape)} {number(speedup(shape))}x" for shape in shapes)
-    shares = [saved(shape) for shape in shapes]
+    kept = changes([-saved(shape) for shape in shapes], "more", "less")
+    paper = f"{figures['paper_saved']:.0%}" + ("" if kept.endswith("less") else " less")
     longer = [row_of(shape, CHECKPOINTED)["step_ms"]["p50"] / row_of(shape, OURS)["step_ms"]["p50"] - 1
               for shape in shapes]
     peaks = [(row_of(shape, OURS)["peak_mib"], baseline(shape)["peak_mib"]) for shape in shapes]
-    text = (f"Forward and backward against grouped_mm: {gains}. Kept for backward: {min(shares):.0%} to "
-            f"{max(shares):.0%} less (SonicMoE's paper, on its 7B model: {figures['paper_saved']:.0%}).")
+    text = (f"Forward and backward against grouped_mm: {gains}. Kept for backward: {kept} (SonicMoE's paper, on its "
+            f"7B model: {paper}).")
     if all(ours is not None for ours, _ in peaks):
         lower = sum(ours <= base for ours, base in peaks)
         text += f" Peak no higher on {lower} of {len(peaks)} shapes."
-    return text + f" Checkpointing takes {min(longer):.0%} to {max(longer):.0%} longer."
+    return text + f" Checkpointing takes {changes(longer, 'longer', 'less')}."
 
 
 def draw(figures: dict, under: str) -> dict[str, Figure]:

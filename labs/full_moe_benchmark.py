@@ -38,7 +38,18 @@ from labs.full_moe import OptimizedMoELayer
 from labs.moe_layer.definition import errors_against_definition, kept_experts
 from labs.moe_layer.huggingface import share_parameters
 from labs.moe_layer.memory import measure_kept_bytes
-from labs.studies.study import COLORS, Options, PlainTable, Refused, Study, figure, legend_above, main, positive
+from labs.studies.study import (
+    COLORS,
+    Options,
+    PlainTable,
+    Refused,
+    Study,
+    changes,
+    figure,
+    legend_above,
+    main,
+    positive,
+)
 
 # T tokens, D model width, F expert width, E experts, K top-k.
 
@@ -274,16 +285,18 @@ def conclude(figures: dict) -> str:
             f"({number(main_ms(first, mode))} to {number(main_ms(last, mode))} ms)")
     if mode == "train" and "+ grouped GEMM" in rows and main_ms(rows["+ grouped GEMM"], mode):
         grouped = rows["+ grouped GEMM"]
-        text += (f"; against grouped GEMMs alone {number(main_ms(grouped, mode) / main_ms(last, mode))}x, with "
-                 f"{1 - last['kept_mib'] / grouped['kept_mib']:.0%} less kept for backward")
+        kept = changes([last["kept_mib"] / grouped["kept_mib"] - 1], "more", "less")
+        text += (f"; against grouped GEMMs alone {number(main_ms(grouped, mode) / main_ms(last, mode))}x, with {kept} "
+                 "kept for backward")
     exact = rows.get("with exact top-k")
     if exact and main_ms(exact, mode):
-        change = main_ms(exact, mode) / main_ms(last, mode) - 1
-        text += f". Exact top-k in place of rounding takes {abs(change):.0%} {'longer' if change > 0 else 'less'}"
+        taken = changes([main_ms(exact, mode) / main_ms(last, mode) - 1], "longer", "less")
+        text += f". Exact top-k in place of rounding takes {taken}"
     saved = rows.get("with checkpointing")
     if saved and main_ms(saved, mode):
+        taken = changes([main_ms(saved, mode) / main_ms(last, mode) - 1], "longer", "less")
         text += (f". Gradient checkpointing keeps {number(saved['kept_mib'])} MiB in place of "
-                 f"{number(last['kept_mib'])} and takes {main_ms(saved, mode) / main_ms(last, mode) - 1:.0%} longer")
+                 f"{number(last['kept_mib'])} and takes {taken}")
     return text + "."
 
 

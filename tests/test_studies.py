@@ -478,6 +478,43 @@ def test_the_full_layer_is_told_where_it_loses():
     assert said.count("is faster") == 1
 
 
+@pytest.mark.parametrize(("found", "said"), [
+    ([0.14], "14% more"), ([-0.14], "14% less"), ([-0.0], "0% more"), ([0.2, 0.3, 0.1], "10% to 30% more"),
+    ([-0.83, -0.55], "55% to 83% less"), ([-0.05, 0.2], "5% less to 20% more"), ([0.05, -0.2], "5% more to 20% less"),
+    ([0.561, 0.559], "56% more"), ([-0.001, 0.002], "0% more"),
+])
+def test_changes_are_told_with_their_sign_and_once(found, said):
+    assert study.changes(found, "more", "less") == said
+
+
+def test_a_layer_that_keeps_more_and_a_faster_checkpoint_are_told_as_such():
+    def row(name: str, ms: float, kept: float) -> dict:
+        return {"name": name, "cumulative": not name.startswith("with "), "step_ms": {"p50": ms}, "kept_mib": kept}
+
+    said = redraw.STUDIES["full_moe"].conclude({"mode": "train", "rows": [
+        row("baseline", 4.0, 3.0), row("+ grouped GEMM", 3.0, 1.0), row("+ IO overlap", 2.0, 1.14),
+        row("with checkpointing", 1.8, 0.5)]})
+    assert "with 14% more kept for backward" in said
+    assert said.endswith("and takes 10% less.")
+
+
+def test_one_shape_of_training_is_told_with_one_figure():
+    def shape(kept: float) -> dict:
+        rows = {"our kernels": (2.0, kept), "checkpointed": (2.42, 1.0), "grouped_mm, float32 sum": (3.0, 10.0),
+                "grouped_mm, bmm sum": (3.1, 10.0)}
+        return {"config": "small", "shape": {"T": 64}, "rows": [
+            {"name": name, "step_ms": {"p50": ms}, "kept_mib": kept, "peak_mib": None}
+            for name, (ms, kept) in rows.items()]}
+
+    def said(*kept: float) -> str:
+        return redraw.STUDIES["backward"].conclude({"paper_saved": 0.45, "shapes": [shape(one) for one in kept]})
+
+    assert "Kept for backward: 56% less (SonicMoE's paper, on its 7B model: 45%)" in said(4.4)
+    assert "Kept for backward: 14% more (SonicMoE's paper, on its 7B model: 45% less)" in said(11.4)
+    assert "Kept for backward: 14% more to 56% less (" in said(11.4, 4.4)
+    assert said(4.4, 4.4).endswith("Checkpointing takes 21% longer.")
+
+
 def test_a_rounded_row_is_not_the_fastest_of_ours():
     def row(kind: str, name: str, ms: float, variant: str = "exact") -> dict:
         return {"kind": kind, "name": name, "variant": variant, "status": "ok", "ms": {"p50": ms}}

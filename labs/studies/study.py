@@ -360,3 +360,16 @@ def rate(amount: float, milliseconds: dict[str, float] | None) -> dict[str, floa
         return None
     return {"p20": amount / milliseconds["p80"] / 1e9, "p50": amount / milliseconds["p50"] / 1e9,
             "p80": amount / milliseconds["p20"] / 1e9}
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+def changes(found: Iterable[float], more: str, less: str) -> str:
+    """The smallest and the largest of some relative changes in words, one where both read alike: `31% to 83% longer`,
+    `14% more`, `5% less to 20% more`."""
+    found = sorted(found, key=abs)
+    ends = [f"{end:z.0%}" for end in (found[0], found[-1])]
+    (first, word), (last, last_word) = ((end.lstrip("-"), less if end.startswith("-") else more) for end in ends)
+    if ends[0] == ends[1]:
+        return f"{last} {last_word}"
+    return f"{first} to {last} {last_word}" if word == last_word else f"{first} {word} to {last} {last_word}"
