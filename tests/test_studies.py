@@ -26,6 +26,7 @@ from labs.kernels import roles
 from labs.studies import (
     byte_lm,
     grouped_gemm,
+    io_overlap,
     moe_basics,
     peers,
     reading_a_profile,
@@ -312,6 +313,36 @@ def test_the_fastest_grouped_gemm_is_named_by_clock():
     assert "ours is fastest on the GPU's clock" in said(ours=method(3.0, 2.0), theirs=method(2.0, 1.0))
     assert said(ours=method(3.0, 2.0), theirs=method(2.0, 1.0)).endswith("theirs with 1.00 ms against its 2.00.")
     assert said(ours=method(3.0, 0.5)).endswith("and by wall time ours with 0.500 ms.")
+
+
+def test_what_is_faster_under_skew_is_not_told_as_a_share_kept():
+    def point(**tflops: float) -> dict:
+        return {"E": 8, "methods": {name.replace("_", " "): {"status": "ok", "launches": None, "tflops": {"p50": speed}}
+                                    for name, speed in tflops.items()}}
+
+    def said(loop: float, ours: float) -> str:
+        even = point(loop_of_cuBLAS=1.0, ours=2.0)
+        return grouped_gemm.conclude({"by_skew": [even, point(loop_of_cuBLAS=loop, ours=ours)], "by_experts": [even]})
+
+    assert said(0.5, 2.0).startswith("At its worst load skew each keeps this share of its speed at an even load: "
+                                     "ours 100%, loop of cuBLAS 50%; at 8 experts")
+    assert said(13.25, 1.0).startswith("At its worst load skew these keep this share of their speed at an even load: "
+                                       "ours 50%; these are faster than at an even load: loop of cuBLAS 13.2 times as ")
+    assert said(2.0, 6.0).startswith("At its worst load skew these are faster than at an even load: ours 3.00 times as "
+                                     "fast, loop of cuBLAS 2.00 times as fast; at 8")
+
+
+def test_a_depth_is_compared_with_another_only():
+    def variant(loads: str, depth: int, ms: float) -> dict:
+        return {"roles": "one", "loads": loads, "block_N": 16, "depth": depth, "status": "ok",
+                "ms": {"whole": {"p50": ms}}}
+
+    def said(*pointers: float) -> str:
+        found = [variant("pointers", depth, ms) for depth, ms in enumerate(pointers, start=1)]
+        return io_overlap.conclude({"sweep_N": 16, "variants": [*found, variant("TMA", 1, 1.0)]})
+
+    assert said(4.0, 2.0).startswith("With pointers, depth 2 takes 0.500 of depth 1's time; with TMA, only depth 1 ran")
+    assert said(2.0, 4.0).startswith("With pointers, no depth is faster than depth 1; with TMA, only depth 1 ran")
 
 
 def test_a_rounding_faster_than_its_tiles_allow_is_remarked():

@@ -456,13 +456,19 @@ def draw_schedules(schedules: dict, under: str) -> Figure:
 
 
 def conclude(figures: dict) -> str:
-    """How much of its even-load speed each way keeps at its worst skew; who wins at most experts, on which clock."""
+    """How much of its even-load speed each way keeps at its worst skew, or how much faster it is there; who wins at
+    most experts, on which clock."""
     def speeds(point: dict) -> dict[str, float]:
         return {name: m["tflops"]["p50"] for name, m in point["methods"].items() if m["status"] == "ok"}
 
     even, *others = [speeds(point) for point in figures["by_skew"]]
-    kept = {name: min(other.get(name, 0.0) for other in others) / even[name] for name in even}
-    listed = ", ".join(f"{name} {percent(share)}" for name, share in sorted(kept.items(), key=lambda item: -item[1]))
+    kept = sorted(((name, min(other.get(name, 0.0) for other in others) / even[name]) for name in even),
+                  key=lambda item: -item[1])
+    slower = ", ".join(f"{name} {percent(share)}" for name, share in kept if round(share, 2) <= 1)
+    faster = ", ".join(f"{name} {number(share)} times as fast" for name, share in kept if round(share, 2) > 1)
+    who = "these keep this share of their" if faster else "each keeps this share of its"
+    skewed = [f"{who} speed at an even load: {slower}"] if slower else []
+    skewed += [f"these are faster than at an even load: {faster}"] if faster else []
     last = figures["by_experts"][-1]
     many = speeds(last)
     winner = max(many, key=many.get)
@@ -475,9 +481,8 @@ def conclude(figures: dict) -> str:
         wall = f", and by wall time {soonest} with {number(walls[soonest])} ms"
         wall += "" if soonest == winner else f" against its {number(walls[winner])}"
     gain = number(many[winner] / many["loop of cuBLAS"])
-    return (f"At its worst load skew each keeps this share of its speed at an even load: {listed}; at {last['E']} "
-            f"experts {winner} is fastest {clock} with {number(many[winner])} TFLOP/s, {gain} times a loop of "
-            f"cuBLAS calls{words}{wall}.")
+    return (f"At its worst load skew {'; '.join(skewed)}; at {last['E']} experts {winner} is fastest {clock} with "
+            f"{number(many[winner])} TFLOP/s, {gain} times a loop of cuBLAS calls{words}{wall}.")
 
 
 STUDY = Study("grouped_gemm", "Why does irregular work hurt, and which grouped GEMM bears it?", measure, table, draw,

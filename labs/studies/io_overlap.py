@@ -541,8 +541,11 @@ def conclude(figures: dict) -> str:
     for loads in ("pointers", "TMA"):
         of_kind = {depth: ms for (kind, depth), ms in sweep.items() if kind == loads}
         first, best = min(of_kind), min(of_kind, key=of_kind.get)
-        share = number(of_kind[best] / of_kind[first])
-        parts.append(f"with {loads}, depth {best} takes {share} of depth {first}'s time")
+        if best != first:
+            told = f"depth {best} takes {number(of_kind[best] / of_kind[first])} of depth {first}'s time"
+        else:
+            told = f"no depth is faster than depth {first}" if len(of_kind) > 1 else f"only depth {first} ran"
+        parts.append(f"with {loads}, {told}")
     fastest = {(v["roles"], v["loads"]): v["ms"]["whole"]["p50"] for v in best_of_kinds(figures)}
     one, tma_ms = fastest[("one", "pointers")], fastest[("one", "TMA")]
     parts.append(f"TMA takes {number(tma_ms / one)} of the time of pointers")
