@@ -570,17 +570,68 @@ def test_kernels_of_levels_4_and_8_are_of_their_kind(kind, names):
     assert {name: reading_a_profile.kind_of(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
 
 
-def test_a_profile_tells_which_kernels_are_gone():
-    def run(level: str, *kernels: str) -> dict:
-        found = [{"name": name, "kind": reading_a_profile.kind_of(name), "ms": 1.0} for name in kernels]
-        return {"level": level, "T": 1, "wall_ms": {"p50": 9.0}, "busy_ms": len(found), "kernels": found}
+def profiled(level: str, *kernels: str, launches: int | None = None) -> dict:
+    """A run of one token: a millisecond a kernel, of nine; a launch a kernel, unless told otherwise."""
+    found = [{"name": name, "kind": reading_a_profile.kind_of(name), "count": 1, "ms": 1.0} for name in kernels]
+    return {"level": level, "T": 1, "wall_ms": {"p50": 9.0}, "busy_ms": len(found), "kernels": found,
+            "launches": len(found) if launches is None else launches}
 
-    old = run("level 4", "grouped_gemm_kernel", "silu_mul_kernel", "gather", "copy")
-    new = run("level 8", "up_ahead_kernel", "down_combine_kernel", "copy")
+
+def test_a_profile_tells_which_kernels_are_gone():
+    old = profiled("level 4", "grouped_gemm_kernel", "silu_mul_kernel", "gather", "copy")
+    new = profiled("level 8", "up_ahead_kernel", "down_combine_kernel", "copy")
     said = reading_a_profile.conclude({"runs": [old, new]})
     assert "level 8 has no kernel left for activation; gather, combine, spends 1.00 ms around" in said
-    kept = run("level 8", "up_kernel", "silu_mul_kernel", "combine_kernel", "copy")
+    kept = profiled("level 8", "up_kernel", "silu_mul_kernel", "combine_kernel", "copy")
     assert "level 8 spends 3.00 ms around" in reading_a_profile.conclude({"runs": [old, kept]})
+
+
+def test_a_profile_of_one_token_count_says_it_once_and_names_its_level(ran):
+    alone = profiled("level 4", "grouped_gemm_kernel", "copy")
+    assert reading_a_profile.conclude({"runs": [alone]}) == (
+        "At 1 tokens kernels are at work for 22% of level 4's wall time; the expert GEMMs take 50% of the busy time "
+        "and the work around them 1.00 ms.")
+    more = alone | {"T": 512}
+    assert "wall time; at 512 the expert" in reading_a_profile.conclude({"runs": [alone, more]})
+    said = reading_a_profile.conclude({"runs": [profiled("level 1", "aten::bmm", launches=0)]})
+    assert said.startswith("On a CPU operations of level 1 stand in for level 4's kernels: at 1 tokens they are at ")
+    if DEVICE == "cpu":
+        record, _ = ran("reading_a_profile")
+        level = record["figures"]["runs"][0]["level"]
+        assert f"On a CPU operations of {level} stand in for level 4's kernels: at 64 tokens" in record["conclusion"]
+        assert record["conclusion"].count("64") == 1
+
+
+def test_a_copy_before_a_graphs_replay_is_told():
+    words = reading_a_profile.launch_words
+    kernels = ("Memcpy DtoD (Device -> Device)", "up_kernel", "down_kernel")
+    assert words(profiled("level 8", *kernels, launches=2)) == "2 launches: a copy of x, then the graph's replay"
+    assert words(profiled("level 8", *kernels, launches=1)) == "1 launch", "the copy is in the graph"
+    assert words(profiled("level 8", *kernels[1:], launches=1)) == "1 launch"
+    assert words(profiled("level 4", *kernels)) == "3 launches"
+
+
+def test_a_profile_is_of_a_call_after_others_with_the_same_x(monkeypatch):
+    """From the second such call on, level 8's graph reads x in place."""
+    def build(*args):
+        forward = one.build(*args)
+        return lambda x_TD: addresses.append(x_TD.data_ptr()) or forward(x_TD)
+
+    def profile(call, on_gpu):
+        before = len(addresses)
+        found = plain(call, on_gpu)
+        assert before >= 2
+        assert len(set(addresses[before - 2:])) == 1
+        return found
+
+    addresses, plain = [], reading_a_profile.profile
+    (one,) = (one for one in reading_a_profile.discover() if one.level.number == 1)
+    loaded = argparse.Namespace(level=one.level, build=build)
+    monkeypatch.setattr(reading_a_profile, "discover", lambda: [loaded])
+    monkeypatch.setattr(reading_a_profile, "profile", profile)
+    args = argparse.Namespace(preset=None, tokens="16")
+    reading_a_profile.measure(study.Options(torch.device("cpu"), False, lambda text: None, args))
+    assert len(addresses) == 5, "gate, warm, two rounds, profile"
 
 
 # ---- machine code ----------------------------------------------------------------------------------

@@ -4,7 +4,11 @@
 
 One call of each level under the profiler, its kernels sorted by what they do, beside the wall time of calls without
 it. Three things are read off: how much of the wall time the GPU works at all, how much of that the matrix products
-take, and what the rest is made of. On a CPU the operations of level 1 stand in for kernels.
+take, and what the rest is made of. On a CPU the operations of level 1 stand in for level 4's kernels.
+
+The profiled call comes after those that are timed, with the same x: by then level 8's graph reads x where it lies, and
+the call is one launch. In a record from before it did so, a copy of x into the graph's input is a second one, and the
+chart says that.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def profile(call: Callable[[], object], on_gpu: bool) -> tuple[float, int, list[dict]]:
-    """Busy milliseconds, launches, and kernels (on a CPU: operations) by falling time."""
+    """Busy milliseconds, launches (on a CPU: 0), and kernels (on a CPU: operations) by falling time."""
     if on_gpu:
         found = profile_call(call)
         kernels = [{"name": name, "count": count, "ms": ms} for name, (count, ms) in found.kernels.items()]
@@ -70,7 +74,7 @@ def profile(call: Callable[[], object], on_gpu: bool) -> tuple[float, int, list[
 
 
 def measure(options: Options) -> dict:
-    """Levels 4 and 8 at each token count, after the gate."""
+    """Levels 4 and 8, on a CPU level 1, at each token count, after the gate."""
     full, device, args = options.full, options.device, options.args
     on_gpu = device.type == "cuda"
     cfg = preset(args.preset or ("qwen3-30b-a3b" if full else "tiny"))
@@ -96,7 +100,7 @@ def measure(options: Options) -> dict:
             calls[f"level {loaded.level.number} {loaded.level.name}"] = lambda forward=forward, x=x_TD: forward(x)
         walls = time_together(calls, clock, 12 if full else 2)
         for name, call in calls.items():
-            clock(lambda: None)  # a cold L2
+            clock(lambda: None)  # a cold L2, after calls with the same x: a graph of level 8 reads it in place by now
             busy, launches, kernels = profile(call, on_gpu)
             runs.append({"level": name, "T": T, "wall_ms": walls[name], "busy_ms": busy, "launches": launches,
                          "kernels": kernels})
@@ -112,14 +116,23 @@ def by_kind(run: dict) -> dict[str, float]:
     return found
 
 
+def launch_words(run: dict) -> str:
+    """How many launches a run's call made, and what they were where all but one, a graph's replay, are copies."""
+    launches, kernels = run["launches"], run["kernels"]
+    copies = sum(kernel["count"] for kernel in kernels if kernel["name"].startswith("Memcpy DtoD"))
+    replayed = 1 + copies == launches < sum(kernel["count"] for kernel in kernels)
+    words = f"{launches} launch{'' if launches == 1 else 'es'}"
+    return words + (": a copy of x, then the graph's replay" if replayed and copies else "")
+
+
 def table(figures: dict) -> list[PlainTable | str]:
     """Kinds of work by run, then each run's heaviest kernels."""
     runs = figures["runs"]
     heads = [f"{run['level']}, T={run['T']:,}" for run in runs]
     kinds = [by_kind(run) for run in runs]
     rows = [["wall ms", *(number(run["wall_ms"]["p50"]) for run in runs)],
-            ["GPU-busy ms", *(number(run["busy_ms"]) for run in runs)],
-            ["launches", *(str(run["launches"]) for run in runs)],
+            ["GPU-busy ms" if runs[0]["launches"] else "busy ms", *(number(run["busy_ms"]) for run in runs)],
+            ["launches", *(str(run["launches"] or "-") for run in runs)],
             *([kind, *(number(one[kind]) for one in kinds)] for kind in (*KINDS, REST))]
     parts: list[PlainTable | str] = [PlainTable(f"{figures['preset']}, {figures['dtype']}", ["ms", *heads], rows)]
     for head, run in zip(heads, runs, strict=True):
@@ -146,7 +159,8 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
             wall = run["wall_ms"]["p50"]
             ax.plot([wall, wall], [place - 0.4, place + 0.4], color="black", lw=4,
                     label="wall time of a call" if place == 0 else None)
-            ax.text(max(wall, left), place, f"  {number(wall)} ms, {run['launches']} launches", va="center")
+            launches = f", {launch_words(run)}" if run["launches"] else ""
+            ax.text(max(wall, left), place, f"  {number(wall)} ms{launches}", va="center")
         ax.set_yticks(range(len(runs)), [run["level"] for run in runs])
         ax.invert_yaxis()
         ax.set_xlim(0, 1.4 * max(max(run["wall_ms"]["p50"], run["busy_ms"]) for run in runs))
@@ -164,9 +178,14 @@ def conclude(figures: dict) -> str:
     few, many = mine[0], mine[-1]
     share = by_kind(many)["expert GEMMs"] / many["busy_ms"]
     busy = percent(few["busy_ms"] / few["wall_ms"]["p50"])
-    said = (f"At {few['T']:,} tokens kernels are at work for {busy} of {name}'s wall time; at {many['T']:,} the expert "
-            f"GEMMs take {percent(share)} of the busy time and the work around them "
-            f"{number(many['busy_ms'] * (1 - share))} ms")
+    if few["launches"]:
+        said = f"At {few['T']:,} tokens kernels are at work for {busy} of {name}'s wall time; "
+    else:
+        said = (f"On a CPU operations of {name} stand in for level 4's kernels: at {few['T']:,} tokens they are at "
+                f"work for {busy} of its wall time; ")
+    said += f"at {many['T']:,} " if many is not few else ""
+    said += (f"the expert GEMMs take {percent(share)} of the busy time and the work around them "
+             f"{number(many['busy_ms'] * (1 - share))} ms")
     other = next((run for run in runs if run["level"] != name and run["T"] == many["T"]), None)
     if other is None:
         return said + "."
