@@ -94,6 +94,39 @@ def test_a_backward_goes_with_a_forward_of_as_many_tokens(tmp_path):
     assert 1 + figures["backward"]["times"] == pytest.approx(ours["step_ms"]["p50"] / ours["forward_ms"]["p50"])
 
 
+def rows_of(figures: dict) -> tuple[list[list[str]], list[str]]:
+    """The rows of the table of GPUs, and what is said below it."""
+    _, table, *notes = throughput.table(figures)
+    return table.rows, notes
+
+
+def test_a_row_says_whether_its_memory_holds_the_parameters_and_which_was_asked_for(tmp_path):
+    words = ["--config", "qwen3-30b-a3b", "--hardware", "h200", "--claim", "1e9"]
+    assert throughput_of(tmp_path, *words) == 0
+    figures = json.loads(next(tmp_path.glob("*.json")).read_text())["figures"]
+    rows, (note,) = rows_of(figures)
+    assert {row[0]: row[-1] for row in rows if row[-1] != "fit"} == {"1": "do not fit", "2": "do not fit"}
+    assert [row[0] for row in rows if "asked" in row[0]] == ["8 (asked for)"]
+    assert len(rows) == 11
+    assert "488 GB, activations not counted, and one h200 holds 141 GB" in note
+    assert rows_of(figures | {"parameters_gb": 141.0})[1] == [], "each row holds them"
+    rows, _ = rows_of(figures | {"case": figures["case"] | {"gpus": 3}, "num_gpus": 3, "memory_gb": 3 * 141})
+    assert [row[-1] for row in rows[:5]] == ["do not fit", "do not fit", "do not fit", "fit", "fit"]
+    assert rows[0][0] == "3 (asked for)"
+
+
+def test_the_table_tells_the_commits_of_forward_and_backward(tmp_path):
+    assert throughput_of(tmp_path, "--config", "qwen3-30b-a3b") == 0
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    printed, of_steps = dict(record["figures"]["assumptions"]), json.loads(throughput.BACKWARD_TIMES.read_text())
+    assert printed["--times, --level"].endswith(f", commit {record['environment']['commit']}")
+    assert f"commit {of_steps['environment']['commit']}" in printed["--backward"]
+    again = tmp_path / "given"
+    assert throughput_of(again, "--layer-ms", "5", "--layer-tokens", "16384") == 0
+    given = json.loads(next(again.glob("*.json")).read_text())["figures"]["assumptions"]
+    assert "commit" not in dict(given)["--times, --level"]
+
+
 @pytest.mark.parametrize(("hardware", "gpu", "given", "scale"), [
     ("h100", "NVIDIA H200", None, 4.8 / 3.35),
     ("b200", "NVIDIA H200", None, 4.8 / 8.0),

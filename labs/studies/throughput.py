@@ -281,9 +281,10 @@ def measure(options: Options) -> dict:
     backward = backward_time(args, measured)
     found = estimate(args, measured, backward["times"])
     hardware, model = HARDWARE[args.hardware], model_of(args)
+    stamp = measured["environment"]
     assumptions = [
         ["--times, --level", f"{measured['source']}, level {measured['level']}: {number(measured['ms'])} ms for "
-                             f"{measured['tokens']:,} tokens"],
+                             f"{measured['tokens']:,} tokens" + (f", commit {stamp['commit']}" if stamp else "")],
         ["--hardware", f"{args.hardware}: {hardware.tflops:g} TFLOP/s dense bf16, {hardware.tbps:g} TB/s, "
                        f"{hardware.gigabytes} GB (datasheet)"],
         ["--layer-scale", f"{number(found['layer_scale'])} ({found['scaled_by']}): {number(found['layer_ms'])} ms"],
@@ -301,7 +302,6 @@ def measure(options: Options) -> dict:
         ["--price", f"${found['price']:.2f} a GPU hour"],
         ["--bytes-a-parameter", f"{found['bytes_a_parameter']:g}, {found['parameters_gb']:,.0f} GB in all"],
     ]
-    stamp = measured["environment"]
     figures = {"config": args.config, "hardware": args.hardware, "num_gpus": args.num_gpus, "mode": args.mode,
                "measured": {key: measured[key] for key in ("ms", "tokens", "source", "level")},
                "backward": backward, "assumptions": assumptions, **found} | ({"environment": stamp} if stamp else {})
@@ -327,21 +327,28 @@ def label(figures: dict) -> str:
 
 
 def table(figures: dict) -> list[PlainTable | str]:
-    """Every assumption, then what follows for the case and the curve."""
+    """Every assumption, then what follows for the case and the curve, and which of them memory is too small for."""
+    case = figures["case"]
     parts: list[PlainTable | str] = [PlainTable("Assumptions", ["set by", "value"], figures["assumptions"])]
-    points = [figures["case"], *(one for one in figures["curve"] if one["gpus"] != figures["case"]["gpus"])]
+    points = [case, *(one for one in figures["curve"] if one["gpus"] != case["gpus"])]
     parts.append(PlainTable(
         f"{figures['config']}, {figures['mode']}", ["GPUs", "tokens/s", "tokens/day", "days per trillion",
-                                                     "cost per trillion", "of peak"],
-        [[f"{one['gpus']:,}", f"{one['tokens_per_s']:,.0f}", f"{one['tokens_per_day'] / 1e9:,.2f} B",
-          f"{one['days_per_trillion']:,.1f}", f"${one['dollars_per_trillion']:,.0f}", percent(one["share_of_peak"])]
-         for one in points]))
-    if figures["parameters_gb"] > figures["memory_gb"]:
-        parts.append(f"note: at {figures['bytes_a_parameter']:g} bytes the parameters take "
-                     f"{figures['parameters_gb']:,.0f} GB, activations not counted, and {figures['num_gpus']} "
-                     f"{figures['hardware']} hold {figures['memory_gb']:,} GB. This is the rate of so many GPUs of a "
-                     f"larger job.")
+                                                     "cost per trillion", "of peak", "parameters"],
+        [[f"{one['gpus']:,}{' (asked for)' if one is case else ''}", f"{one['tokens_per_s']:,.0f}",
+          f"{one['tokens_per_day'] / 1e9:,.2f} B", f"{one['days_per_trillion']:,.1f}",
+          f"${one['dollars_per_trillion']:,.0f}", percent(one["share_of_peak"]),
+          "fit" if fits(figures, one["gpus"]) else "do not fit"] for one in points]))
+    if not all(fits(figures, one["gpus"]) for one in points):
+        parts.append(f"do not fit: at {figures['bytes_a_parameter']:g} bytes the parameters take "
+                     f"{figures['parameters_gb']:,.0f} GB, activations not counted, and one {figures['hardware']} "
+                     f"holds {figures['memory_gb'] // figures['num_gpus']:,} GB. Such a row is the rate of so many "
+                     f"GPUs of a larger job.")
     return parts
+
+
+def fits(figures: dict, gpus: int) -> bool:
+    """Whether so many GPUs hold the parameters, each at its bytes_a_parameter; activations are not counted."""
+    return figures["parameters_gb"] * figures["num_gpus"] <= figures["memory_gb"] * gpus
 
 
 def draw(figures: dict, under: str) -> dict[str, Figure]:
