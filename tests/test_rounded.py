@@ -396,6 +396,22 @@ def test_the_recorded_cost_is_within_its_limit():
     assert console.export_text().count("nearest 128") == len(runs)
 
 
+def test_why_a_row_was_not_rounded_stands_below_the_table_of_cost():
+    few = next(run for path in RECORDED for run in load(path) if any("is off" in row.reason for row in run.levels))
+    (why,) = {row.reason for row in few.levels if "is off" in row.reason}
+    other = replace(few, rows=[replace(row, reason=row.reason and "out of [memory]") for row in few.rows])
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(rounding_cost.cost_table([few, other]))
+    text = console.export_text()
+    cells = [[cell.strip() for cell in line.split("│")[3:5]] for line in text.splitlines() if "│" in line]
+    marked = [name for name, us in cells if us == "(1)"]
+    assert marked == [row.name for row in few.levels if "is off" in row.reason]
+    assert [name for name, us in cells if us == "(2)"] == marked
+    below = text.rpartition("┘")[2]
+    assert below.count(f"(1) {why}") == below.count("(2) out of [memory]") == 1
+    assert max(len(line.rstrip()) for line in text.splitlines()) < 150
+
+
 @pytest.mark.gpu
 def test_the_runner_shows_what_rounding_costs(tmp_path):
     status = level_runner.main(["--shape", "2051,256,192,8,2", "--levels", "6,7", "--rounds", "2", "--out",

@@ -24,6 +24,7 @@ from types import ModuleType, SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from common.config import DEFAULT_TOKENS, PRESETS, MoEConfig, Workload, preset
@@ -65,8 +66,10 @@ def variants(tiles: Sequence[int], modes: Sequence[str]) -> list[Loaded]:
 
 
 def cost_table(runs: Sequence[Run]) -> Table:
-    """A line for each rounded row: its own microseconds, their share of the exact layer, and the layer's gain."""
-    table = Table(title="Cost and gain of rounding", title_justify="left")
+    """A line for each rounded row: its own microseconds, their share of the exact layer, and the layer's gain. One
+    that was not timed, or was not rounded, has a mark in their place; what it stands for is said below the table."""
+    table = Table(title="Cost and gain of rounding", title_justify="left", caption_justify="left")
+    marks: dict[str, str] = {}
     for name in ("preset", "T", "rounding", "us", "of level 6", "level 6 ms", "exact ms", "rounded ms", "gain",
                  "ideal", "over 6", "tiles full", "changed"):
         table.add_column(name, justify="left" if name in ("preset", "rounding") else "right", no_wrap=True)
@@ -74,7 +77,8 @@ def cost_table(runs: Sequence[Run]) -> Table:
         level6, exact = run.levels[0], run.row(EXACT)
         for row in run.levels[2:]:
             if row.rounding is None or not row.timed:
-                table.add_row(run.preset, str(run.shape["T"]), row.name, row.reason or row.status)
+                mark = marks.setdefault(row.reason or row.status, f"({len(marks) + 1})")
+                table.add_row(run.preset, str(run.shape["T"]), row.name, mark)
                 continue
             found = row.rounding
             table.add_row(
@@ -86,6 +90,7 @@ def cost_table(runs: Sequence[Run]) -> Table:
     table.caption = ("us: GPU time of rounding's own kernels. exact: top-k with level 7's kernels. gain: exact over "
                      "rounded wall time, less 1. ideal: the same if the layer were row tiles of that size and nothing "
                      "else. over 6: level 6 over rounded. changed: rows dropped and added, of T*K.")
+    table.caption += "".join(f"\n{mark} {escape(reason)}" for reason, mark in marks.items())
     return table
 
 
