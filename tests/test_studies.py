@@ -595,6 +595,8 @@ def test_a_profile_of_one_token_count_says_it_once_and_names_its_level(ran):
     assert "wall time; at 512 the expert" in reading_a_profile.conclude({"runs": [alone, more]})
     said = reading_a_profile.conclude({"runs": [profiled("level 1", "aten::bmm", launches=0)]})
     assert said.startswith("On a CPU operations of level 1 stand in for level 4's kernels: at 1 tokens they are at ")
+    slow = alone | {"busy_ms": 18.0}
+    assert reading_a_profile.conclude({"runs": [slow]}).startswith("At 1 tokens kernels are at work for all of level ")
     if DEVICE == "cpu":
         record, _ = ran("reading_a_profile")
         level = record["figures"]["runs"][0]["level"]
