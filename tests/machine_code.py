@@ -55,12 +55,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the cubin holds: SASS opcode -> count, registers a thread, spilled bytes, shared memory bytes."""
+    """What the cubin holds: SASS opcode -> count, registers a thread, spilled bytes, shared memory bytes; and the PTX
+    that it was made of."""
 
     opcodes: dict[str, int]
     registers: int
     stack_bytes: int
     shared_bytes: int
+    ptx: str
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode that matches the regular expression from its start."""
@@ -166,7 +168,7 @@ def _compile(request: Request) -> Compiled:
     for opcode in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE):
         opcodes[opcode] = opcodes.get(opcode, 0) + 1
     return Compiled(opcodes, int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1]),
-                    binary.metadata.shared)
+                    binary.metadata.shared, binary.asm["ptx"])
 
 
 def _named(path: str) -> object:

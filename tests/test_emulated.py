@@ -1,0 +1,157 @@
+"""The Hopper GEMMs' answers without a GPU: their PTX, run warp by warp (ptx.py), against float64.
+
+python -m pytest tests/test_emulated.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter before anything imports triton)
+
+import pytest
+import torch
+
+from labs.kernels import down_combine, roles, tall_gemm, tiles
+from tests.gemm_cases import dispatch
+from tests.machine_code import compile_all
+from tests.ptx import TensorMap, emulate
+from tests.test_kernels_gemm import request
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
+
+BOUND = 4e-3  # one rounding to bf16 is 1.7e-3 in the relative norm
+SPARE = 70  # rows beyond the last, which nobody may write
+COMBINED = {"TOP_K": 2, "CHOICES": 2}
+
+
+class Problem:
+    """A layer whose experts have 101, 0, 60 and 41 rows: a tile with rows in both warpgroups, none, two halves.
+
+    Widths that TMA deals out, or that it does not; of several column tiles, the last one narrow.
+    """
+
+    def __init__(self, dealt: bool, columns: int = 0):
+        D, F = (288, 320) if dealt else (264, 328)
+        T, E, K, D = 101, 4, 2, columns or D
+        torch.manual_seed(0)
+        ids_TK = torch.stack([torch.zeros(T), torch.where(torch.arange(T) < 60, 2, 3)], dim=1).long()
+        self.offsets_E1, tokens, self.row_of_slot_TK = dispatch(ids_TK, E)
+        self.token_of_row_R, self.scores_TK = tokens[: T * K].contiguous(), torch.rand(T, K)
+        self.x_TD = torch.randn(T, D).bfloat16()
+        gate_up_E2FD = (torch.randn(E, 2 * F, D) * D**-0.5).bfloat16()
+        self.gate_up_E2FD = tiles.interleave_gate_up(gate_up_E2FD)
+        self.down_EDF = (torch.randn(E, D, F) * F**-0.5).bfloat16()
+        self.rows_RD = self.x_TD[self.token_of_row_R.long()]
+        self.hidden_RF = self.per_expert(self.rows_RD, lambda rows, e: torch.nn.functional.silu(
+            rows @ gate_up_E2FD[e, :F].double().T) * (rows @ gate_up_E2FD[e, F:].double().T)).bfloat16()
+        self.y_RD = self.per_expert(self.hidden_RF, lambda rows, e: rows @ self.down_EDF[e].double().T)
+        self.D8, self.F8, self.T = D // 8, F // 8, T
+
+    def per_expert(self, rows: torch.Tensor, apply) -> torch.Tensor:
+        """apply(an expert's rows in float64, the expert) for all."""
+        return torch.cat([apply(rows[first:end].double(), e) for e, (first, end) in
+                          enumerate(itertools.pairwise(self.offsets_E1.tolist()))])
+
+    def plan(self, tall: bool = False) -> tiles.TilePlan:
+        more = (tall_gemm.TILE_ROWS, tall_gemm.GROUP) if tall else ()
+        return tiles.plan_tiles(self.offsets_E1, self.token_of_row_R.numel(), *more)
+
+    def out(self, width: int) -> torch.Tensor:
+        return torch.full((self.token_of_row_R.numel() + SPARE, width), torch.nan).bfloat16()
+
+
+def weights(tensor: torch.Tensor, interleaved: bool = False) -> TensorMap:
+    """As TMA reads them."""
+    descriptor = roles.describe_weights(tensor, interleaved)
+    return TensorMap(tensor.view(-1).as_strided(descriptor.shape, descriptor.strides), tuple(descriptor.block_shape))
+
+
+def ptx_of(kernel: str, dealt: bool, late: bool | None, constants: dict | None = None) -> str:
+    asked = request(kernel, constants, dealt, late)
+    return compile_all([asked])[asked.name].ptx
+
+
+def run(kernel: str, dealt: bool, late: bool | None, given: Problem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's output and what it should be."""
+    tall, up = kernel.startswith("tall"), "up" in kernel
+    plan, out = given.plan(tall), given.out(given.F8 * 8 if up else given.D8 * 8)
+    table = out, plan.tiles_X5, plan.tile_count, given.D8, given.F8
+    operand = weights(given.gate_up_E2FD, True) if up else weights(given.down_EDF)
+    claimed = () if tall else (plan.claimed_up if up else plan.claimed_down,)
+    rows = TensorMap(given.rows_RD if up else given.hidden_RF, (64, 64))
+    if kernel == "up_gather_kernel":
+        arguments = [given.x_TD, given.token_of_row_R, *claimed, operand, *table]
+    elif kernel == "up_ahead_kernel":
+        gathered_RD = torch.full_like(given.rows_RD, torch.nan)
+        arguments = [given.x_TD, given.token_of_row_R, TensorMap(gathered_RD, (64, 64)), gathered_RD, plan.ready_X,
+                     plan.begun, *claimed, operand, *table]
+    elif up:
+        arguments = [rows, *claimed, operand, *table]
+    else:
+        arguments = [*claimed, rows, operand, *table]
+    emulate(ptx_of(kernel, dealt, late), kernel, arguments, seed)
+    return out, (given.hidden_RF if up else given.y_RD)
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+KERNELS = ("up_gather_kernel", "up_rows_kernel", "up_ahead_kernel", "down_kernel")
+TALL = ("tall_up_rows_kernel", "tall_down_kernel")
+
+
+@pytest.mark.parametrize("dealt", [True, False], ids=["dealt", "in order"])
+@pytest.mark.parametrize(("kernel", "late"), [*((kernel, late) for kernel in KERNELS for late in (True, False)),
+                                              *((kernel, None) for kernel in TALL)])
+def test_answers_are_the_float64_ones(kernel, late, dealt):
+    given = Problem(dealt)
+    out, expected = run(kernel, dealt, late, given, seed=0)
+    assert error(out[:-SPARE], expected) < BOUND
+    assert out[-SPARE:].isnan().all(), "stored past the end"
+
+
+@pytest.mark.parametrize("kernel", ["up_gather_kernel", "down_kernel"])
+def test_the_order_in_which_warps_run_changes_nothing(kernel):
+    given = Problem(True)
+    first, *others = (run(kernel, True, True, given, seed)[0] for seed in (0, 1, 2))
+    assert all(torch.equal(first.view(torch.int16), out.view(torch.int16)) for out in others)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_bands_are_summed_once_they_are_stored(late):
+    given = Problem(True, columns=1056)
+    (T, K), D = given.row_of_slot_TK.shape, given.D8 * 8
+    plan, y_RD, out_TD = given.plan(), given.out(D), torch.full((T, D), torch.nan).bfloat16()
+    edges = down_combine.edges_for(D, given.F8 * 8, K)
+    emulate(ptx_of("down_combine_kernel", True, late, COMBINED), "down_combine_kernel",
+            [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
+             plan.tile_count, given.D8, given.F8, given.row_of_slot_TK, given.scores_TK, out_TD, plan.done_B, T,
+             *edges])
+    assert error(y_RD[:-SPARE], given.y_RD) < BOUND
+    last = max(edge for edge in edges if edge * roles.BLOCK_N < D) * roles.BLOCK_N
+    expected = (y_RD.double()[given.row_of_slot_TK.long()] * given.scores_TK[..., None]).sum(dim=1)
+    assert last == 1024
+    assert error(out_TD[:, :last], expected[:, :last]) < BOUND
+    assert out_TD[:, last:].isnan().all(), "the last band is combine's"
+
+
+def test_a_wrong_count_of_arrivals_and_a_wrong_mask_show():
+    """The emulator can tell: a barrier that waits for one arrival more, a store that goes a row too far."""
+    given, ptx = Problem(True), ptx_of("down_kernel", True, True)
+    plan = given.plan()
+
+    def arguments(rows: int) -> list:
+        y_RD = given.out(given.D8 * 8)[:rows]
+        return [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
+                plan.tile_count, given.D8, given.F8]
+
+    faulty, found = re.subn(r"(mbarrier\.init\S+ \[%r\d+\]), 2;", r"\1, 3;", ptx, count=1)
+    assert found == 1
+    with pytest.raises(RuntimeError, match="nothing goes on"):
+        emulate(faulty, "down_kernel", arguments(272))
+    plan = given.plan()
+    with pytest.raises(IndexError, match="bytes"):
+        emulate(ptx, "down_kernel", arguments(given.token_of_row_R.numel() - 1))
