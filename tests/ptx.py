@@ -7,8 +7,8 @@ until it waits. Asynchronous work is done when it is asked for, so what an order
 are late) would break on a GPU is not seen here; masks, addresses, phases of barriers and who holds what are. Reads
 and writes outside of the tensors raise.
 
-Takes what the grouped GEMMs are made of, of PTX ISA 8.7 (https://docs.nvidia.com/cuda/parallel-thread-execution); raises
-NotImplementedError for all else, as for weights that wgmma reads transposed.
+Takes what the grouped GEMMs are made of, of PTX ISA 8.7 (https://docs.nvidia.com/cuda/parallel-thread-execution), and
+raises NotImplementedError for all else, as for weights that wgmma reads transposed.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ UNARY = {"mov": lambda a: a, "neg": np.negative, "not": np.bitwise_not, "abs": n
          "ex2": np.exp2, "rcp": lambda a: (np.float32(1) / a).astype(np.float32)}
 SPECIAL = {"%tid.x": lambda warp: warp * LANES + np.arange(LANES), "%ctaid.x": lambda _: np.zeros(LANES),
            "%nctaid.x": lambda _: np.ones(LANES)}
-NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "bar.warp.sync", "cvta.param",
+NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "bar.warp.sync",
            "cp.async.commit_group", "cp.async.wait_group", "membar")
 
 
