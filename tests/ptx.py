@@ -8,7 +8,7 @@ are late) would break on a GPU is not seen here; masks, addresses, phases of bar
 and writes outside of the tensors raise.
 
 Takes what the grouped GEMMs are made of, of PTX ISA 8.7 (https://docs.nvidia.com/cuda/parallel-thread-execution), and
-raises NotImplementedError for all else, as for weights that wgmma reads transposed.
+raises NotImplementedError for all else.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ WAIT = Wait()
 
 @dataclass(frozen=True)
 class TensorMap:
-    """What TMA reads through: a tensor, seen in boxes of this shape, stored with 128-byte swizzle."""
+    """What TMA reads through: a tensor, seen in boxes of this shape, stored with a swizzle of 128 or 64 bytes."""
 
     view: torch.Tensor
     box: tuple[int, ...]
+    swizzle: int = 128
 
 
 @dataclass
@@ -274,30 +275,35 @@ NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit_group", "wgmma.wa
            "cp.async.commit_group", "cp.async.wait_group", "membar")
 
 
-def swizzled(at: np.ndarray) -> np.ndarray:
-    """An address of shared memory under 128-byte swizzle."""
-    return at ^ (at >> 7 & 7) << 4
+def swizzled(at: np.ndarray, swizzle: int = 128) -> np.ndarray:
+    """An address of shared memory under a swizzle of 128 or 64 bytes."""
+    return at ^ (at >> 7 & swizzle // 16 - 1) << 4
 
 
 def multiply_accumulate(warp: Warp, one: Instruction) -> None:
-    """wgmma of 64 rows by N by 16: this warp's 16 rows, both operands with the inner dimension in one row's bytes."""
+    """wgmma of 64 rows by N by 16: this warp's 16 rows. An operand has 8 of its rows, or transposed 8 of the inner
+    dimension, in 1024 bytes under 128-byte swizzle; transposed, its next 64 rows are as far off as the descriptor says.
+    """
     N = int(re.search(r"n(\d+)k16", one.opcode)[1])
     names, (a, b, scale, *signs) = members(one.operands[0]), one.operands[1:]
-    if [int(sign) for sign in signs] != [1, 1, 0, 0]:
+    if [int(sign) for sign in signs[:2]] != [1, 1]:
         raise NotImplementedError(f"wgmma with {signs}")
     use = read(warp, scale, "pred")[0]
 
-    def operand(name: str, first: int, rows: int) -> np.ndarray:
+    def operand(name: str, first: int, rows: int, transposed: bool) -> np.ndarray:
         described = int(read(warp, name, "u64")[0])
         if described >> 62 != 1 or (described >> 32 & 0x3FFF) << 4 != 1024:
             raise NotImplementedError(f"wgmma descriptor {described:#x}")
-        row = first + np.arange(rows)[:, None]
-        at = ((described & 0x3FFF) << 4) + row // 8 * 1024 + row % 8 * 128 + np.arange(16) * 2
-        found = swizzled(at)
+        row, inner = first + np.arange(rows)[:, None], np.arange(16)
+        if transposed:
+            at = row // 64 * ((described >> 16 & 0x3FFF) << 4) + inner // 8 * 1024 + inner % 8 * 128 + row % 64 * 2
+        else:
+            at = row // 8 * 1024 + row % 8 * 128 + inner * 2
+        found = swizzled(((described & 0x3FFF) << 4) + at)
         return from_bf16(warp.machine.shared[found].astype(np.uint32)
                          | warp.machine.shared[found + 1].astype(np.uint32) << 8)
 
-    product = operand(a, warp.number % 4 * 16, 16) @ operand(b, 0, N).T
+    product = operand(a, warp.number % 4 * 16, 16, signs[2] == "1") @ operand(b, 0, N, signs[3] == "1").T
     lane = np.arange(LANES)
     for register, name in enumerate(names):
         row, column = lane // 4 + register // 2 % 2 * 8, lane % 4 * 2 + register // 4 * 8 + register % 2
@@ -318,7 +324,7 @@ def copy_box(warp: Warp, one: Instruction, lane: int) -> None:
         source.append(slice(first, max(first, last)))
         target.append(slice(first - start, max(first, last) - start))
     values[tuple(target)] = found.view[tuple(source)].contiguous().view(torch.int16).numpy().view(np.uint16)
-    at = swizzled(int(address(warp, one.operands[0], "u32")[lane]) + np.arange(values.nbytes))
+    at = swizzled(int(address(warp, one.operands[0], "u32")[lane]) + np.arange(values.nbytes), found.swizzle)
     machine.shared[at] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
     machine.barriers[int(address(warp, one.operands[2], "u32")[lane])].settle(0, -values.nbytes)
 
@@ -358,6 +364,14 @@ def memory(warp: Warp, one: Instruction, parts: list[str], active: np.ndarray) -
     else:
         values = np.stack([read(warp, name, kind)[active] for name in names], axis=1)
         bytes_at[where] = np.ascontiguousarray(values).view(np.uint8).reshape(where.shape)
+
+
+def load_matrices(warp: Warp, one: Instruction) -> None:
+    """ldmatrix: four of 8 rows by 16 bytes, whose addresses 8 lanes each have; a row's bytes to four lanes."""
+    rows, where = warp.machine.at(address(warp, one.operands[1], "u32"), 16, True)
+    found = rows[where].view(np.uint32).reshape(4, LANES)
+    for matrix, name in enumerate(members(one.operands[0])):
+        warp.registers[name] = found[matrix].copy()
 
 
 def arrivals(warp: Warp, one: Instruction, parts: list[str], active: np.ndarray) -> None:
@@ -419,6 +433,8 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
             to[where] = source[at]
     elif name in ("ld", "st") and parts[1] in ("global", "shared"):
         memory(warp, one, parts, active)
+    elif one.opcode == "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
+        load_matrices(warp, one)
     elif name == "ld":
         write(warp, ops[0], literal(str(given[ops[1].strip("[]")]), kind), active)
     elif one.opcode == "cvta.param.u64":
@@ -455,6 +471,8 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
         write(warp, ops[0], shift(name == "shl")(read(warp, ops[1], kind), read(warp, ops[2], "u32")), active)
     elif one.opcode == "cvt.rn.bf16x2.f32":
         write(warp, ops[0], bf16(read(warp, ops[1], "f32")) << 16 | bf16(read(warp, ops[2], "f32")), active)
+    elif one.opcode == "cvt.f32.bf16":
+        write(warp, ops[0], from_bf16(read(warp, ops[1], "b16")), active)
     elif name == "cvt":
         write(warp, ops[0], read(warp, ops[1], parts[-1]).astype(dtype_of(parts[-2])), active)
     elif name == "mov" and ops[0].startswith("{"):

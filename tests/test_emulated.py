@@ -17,7 +17,8 @@ from labs.kernels import down_combine, roles, tall_gemm, tiles
 from tests.gemm_cases import dispatch
 from tests.machine_code import compile_all
 from tests.ptx import TensorMap, emulate
-from tests.test_kernels_gemm import request
+from tests.test_kernels_gemm import request, training_request
+from tests.test_weight_gemm import request as weight_request
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
 
@@ -136,6 +137,77 @@ def test_bands_are_summed_once_they_are_stored(late):
     assert last == 1024
     assert error(out_TD[:, :last], expected[:, :last]) < BOUND
     assert out_TD[:, last:].isnan().all(), "the last band is combine's"
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_weights_as_they_lie(late):
+    """y times down, straight: what dX~ is made by."""
+    given = Problem(False)
+    plan, y_RD, out_RF = given.plan(), given.y_RD.bfloat16(), given.out(given.F8 * 8)
+    emulate(ptx_of("straight_kernel", True, late), "straight_kernel",
+            [plan.claimed_down, TensorMap(y_RD, (64, 64)), TensorMap(given.down_EDF, (1, 64, 64)), out_RF,
+             plan.tiles_X5, plan.tile_count, given.F8, given.D8])
+    assert error(out_RF[:-SPARE], given.per_expert(y_RD, lambda rows, e: rows @ given.down_EDF[e].double())) < BOUND
+    assert out_RF[-SPARE:].isnan().all(), "stored past the end"
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_weight_gradients(wide, accumulate, length):
+    """Experts of 330, 0, 200 and 130 rows: six steps, stored late, none, four and three, before the next tile."""
+    torch.manual_seed(0)
+    T, K, E, G, S = 330, 2, 4, 264, 136
+    ids_TK = torch.stack([torch.zeros(T), torch.where(torch.arange(T) < 200, 2, 3)], dim=1).long()
+    offsets_E1, tokens, _ = dispatch(ids_TK, E)
+    token_of_row_R = tokens[: T * K].contiguous()
+    gathered_TG, sorted_RS = torch.randn(T, G).bfloat16(), torch.randn(T * K, S).bfloat16()
+    out = torch.full((E, S, G) if wide else (E, G, S), 0.5 if accumulate else torch.nan)
+    out = out if accumulate else out.bfloat16()
+    asked = weight_request(wide, accumulate)
+    emulate(compile_all([asked])[asked.name].ptx, "weight_gemm_kernel",
+            [gathered_TG, token_of_row_R, TensorMap(sorted_RS, (64, 64)), out, offsets_E1, E, G // 8, S // 8, length])
+    for e, (first, end) in enumerate(itertools.pairwise(offsets_E1.tolist())):
+        expected = gathered_TG[token_of_row_R[first:end].long()].double().T @ sorted_RS[first:end].double()
+        found = out[e].double() - 0.5 * accumulate
+        assert (found - (expected.T if wide else expected)).norm() <= BOUND * expected.norm(), f"expert {e}"
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_training(gathered):
+    """What up keeps, and all that hidden_grad's epilogue makes of it."""
+    given = Problem(False)
+    (E, two_F, D), R, F = given.gate_up_E2FD.shape, given.token_of_row_R.numel(), given.F8 * 8
+    gate_up_E2FD = torch.randn(E, two_F, D).mul(D**-0.5).bfloat16()
+    rows = given.x_TD if gathered else TensorMap(given.rows_RD, (64, 64))
+    plan, h_R2F, hidden_RF = given.plan(), given.out(two_F), given.out(F)
+    asked = training_request("train_up_kernel", gathered)
+    emulate(compile_all([asked])[asked.name].ptx, "train_up_kernel",
+            [rows, given.token_of_row_R, plan.claimed_up, TensorMap(gate_up_E2FD.view(2 * E, F, D), (2, 128, 64)),
+             h_R2F, hidden_RF, plan.tiles_X5, plan.tile_count, given.D8, given.F8])
+    exact_R2F = given.per_expert(given.rows_RD, lambda rows, e: rows @ gate_up_E2FD[e].double().T)
+    gate, up = exact_R2F.chunk(2, dim=1)
+    assert error(h_R2F[:-SPARE], exact_R2F) < BOUND
+    assert error(hidden_RF[:-SPARE], torch.nn.functional.silu(gate) * up) < BOUND
+    assert h_R2F[-SPARE:].isnan().all()
+    assert hidden_RF[-SPARE:].isnan().all()
+
+    scores_R, h_R2F = torch.rand(R), h_R2F[:-SPARE].contiguous()
+    gate, up = h_R2F.double().requires_grad_().chunk(2, dim=1)
+    hidden = torch.nn.functional.silu(gate) * up
+    d_hidden_RF = given.per_expert(given.rows_RD, lambda rows, e: rows @ given.down_EDF[e].double())  # x for dO
+    d_gate, d_up = torch.autograd.grad(hidden, (gate, up), d_hidden_RF * scores_R[:, None])
+    plan, dh_R2F, scaled_RF = given.plan(), given.out(two_F), given.out(F)
+    d_scores_XR = torch.full((-(-F // roles.BLOCK_N), R), torch.nan)
+    asked = training_request("hidden_grad_kernel", gathered)
+    emulate(compile_all([asked])[asked.name].ptx, "hidden_grad_kernel",
+            [rows, given.token_of_row_R, plan.claimed_up, TensorMap(given.down_EDF, (1, 64, 64)), scores_R,
+             TensorMap(h_R2F, (64, 32), swizzle=64), dh_R2F, scaled_RF, d_scores_XR, plan.tiles_X5, plan.tile_count, R,
+             given.D8, given.F8])
+    assert error(dh_R2F[:-SPARE], torch.cat([d_gate, d_up], dim=1)) < BOUND
+    assert error(scaled_RF[:-SPARE], hidden.detach() * scores_R[:, None]) < BOUND
+    assert error(d_scores_XR.sum(dim=0), (d_hidden_RF * hidden.detach()).sum(dim=1)) < BOUND
+    assert dh_R2F[-SPARE:].isnan().all()
 
 
 def test_a_wrong_count_of_arrivals_and_a_wrong_mask_show():

@@ -429,14 +429,19 @@ TRAINING = {
 }
 
 
-@pytest.mark.parametrize("gathered", [True, False])
-@pytest.mark.parametrize("kernel", TRAINING)
-def test_machine_code_of_training_is_as_planned(kernel, gathered):
+def training_request(kernel: str, gathered: bool) -> Request:
+    """A kernel of training, whose rows the loads gather or TMA reads in their order."""
     signature = {"rows": "*bf16" if gathered else describe(64), "token_of_row_ptr": "*i32", **CLAIMED,
                  **TRAINING[kernel]}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    asked = Request(f"{kernel} {gathered}", "labs.kernels.train_gemm", kernel, signature, {"GATHERED": gathered},
-                    aligned, 4, 3, options=roles.LAUNCH)
+    return Request(f"{kernel} {gathered}", "labs.kernels.train_gemm", kernel, signature, {"GATHERED": gathered},
+                   aligned, 4, 3, options=roles.LAUNCH)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("kernel", TRAINING)
+def test_machine_code_of_training_is_as_planned(kernel, gathered):
+    asked = training_request(kernel, gathered)
     found = compile_all([asked])[asked.name]
     assert found.count("HGMMA") == 2 * 2 * 4
     assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"
