@@ -181,7 +181,7 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
             return 130
     screen.print(f"results: {shown(path)}")
     if args.against:
-        pass
+        screen.print("no charts: another revision's rows are no rungs")
     elif device.type == "cuda":
         draw([path], out, screen)
     elif args.levels or args.quick:  # a quick look: half a minute of charts would be in its way

@@ -90,7 +90,7 @@ def against_lines(run: Run) -> list[str]:
             gains = [f"{other_ms.p50 / ms.p50 - 1:+.1%} {how}" for how, ms, other_ms in (
                 ("in rounds", row.wall_ms, other.wall_ms), ("busy", row.gpu_ms, other.gpu_ms),
                 ("sustained", row.sustained_ms, other.sustained_ms)) if ms and other_ms]
-            lines.append(f"{name} is faster than {other.name} by {', '.join(gains)}")
+            lines.append(f"speed of {name} over {other.name}: {', '.join(gains)}")
     return lines
 
 

@@ -72,7 +72,7 @@ class Machine:
 
     buffers: list[np.ndarray] = field(default_factory=list)
     maps: list[TensorMap] = field(default_factory=list)
-    shared: np.ndarray = field(default_factory=lambda: np.zeros(SHARED_AT + 232448, np.uint8))
+    shared: np.ndarray = field(default_factory=lambda: np.full(SHARED_AT + 232448, 255, np.uint8))  # NaN, until written
     barriers: dict[int, Barrier] = field(default_factory=dict)
     meetings: dict[int, list] = field(default_factory=dict)  # of bar.sync: warps that have come, meetings held
     threads: int = 0
@@ -101,7 +101,6 @@ class Warp:
 
     number: int
     machine: Machine
-    order: int = 0
     meeting: int | None = None
     registers: dict[str, np.ndarray] = field(default_factory=dict)
     done: bool = False
@@ -206,7 +205,7 @@ def is_register(text: str) -> bool:
 
 
 def read(warp: Warp, text: str, kind: str) -> np.ndarray:
-    """An operand's lanes as `kind`."""
+    """An operand's lanes as `kind`; zeros of a register that was never written."""
     if not is_register(text):
         return literal(text, kind)
     value = warp.registers.get(text)
@@ -265,10 +264,9 @@ def shift(left: bool) -> Callable:
 
 
 BINARY = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-          "min": np.minimum, "max": np.maximum, "mul": np.multiply, "div": divide,
-          "rem": lambda a, b: (a - divide(a, b) * b).astype(a.dtype)}
-UNARY = {"mov": lambda a: a, "neg": np.negative, "not": np.bitwise_not, "abs": np.abs,
-         "ex2": np.exp2, "rcp": lambda a: (np.float32(1) / a).astype(np.float32)}
+          "min": np.minimum, "max": np.maximum, "mul": np.multiply, "div": divide}
+UNARY = {"mov": lambda a: a, "neg": np.negative, "not": np.bitwise_not, "ex2": np.exp2,
+         "rcp": lambda a: (np.float32(1) / a).astype(np.float32)}
 SPECIAL = {"%tid.x": lambda warp: warp * LANES + np.arange(LANES), "%ctaid.x": lambda _: np.zeros(LANES),
            "%nctaid.x": lambda _: np.ones(LANES)}
 NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "bar.warp.sync",
@@ -423,7 +421,10 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
             copy_box(warp, one, lane)
     elif one.opcode.startswith(("cp.async.cg", "cp.async.ca")):
         size = int(ops[2], 0)
-        from_global = active & (read(warp, ops[3], "u32") > 0) if len(ops) > 3 else active
+        copied = read(warp, ops[3], "u32") if len(ops) > 3 else np.full(LANES, size)
+        if not np.isin(copied[active], (0, size)).all():
+            raise NotImplementedError("cp.async of a part, with zeros behind it")
+        from_global = active & (copied > 0)
         if active.any():
             to, where = machine.at(address(warp, ops[0], "u32")[active], size, True)
             to[where] = 0
@@ -490,7 +491,7 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
         write(warp, ops[0], literal(str(given[ops[1]]), kind), active)
     elif name == "mov" and ops[1] in SPECIAL:
         write(warp, ops[0], SPECIAL[ops[1]](warp.number).astype(np.uint32), active)
-    elif name in BINARY and len(ops) == 3:
+    elif name in BINARY and len(ops) == 3 and "hi" not in parts:
         value = BINARY[name](read(warp, ops[1], kind), read(warp, ops[2], kind))
         write(warp, ops[0], np.maximum(value, 0) if "relu" in parts else value, active)
     elif name in UNARY:
