@@ -446,6 +446,8 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
             before = bytes_at[where[0]].view(np.uint32).copy()
             bytes_at[where[0]] = (before + read(warp, ops[2], "u32")[lane]).astype(np.uint32).view(np.uint8)
             write(warp, ops[0], np.full(LANES, before[0], np.uint32), np.arange(LANES) == lane)
+    elif name in ("griddepcontrol", "nanosleep"):  # nothing runs before or after, and time passes anyhow
+        return None
     elif name == "elect":
         write(warp, ops[0].split("|")[1], np.arange(LANES) == 0, active)
     elif name == "redux":

@@ -456,23 +456,6 @@ def test_a_dispatch_mode_sees_operators_and_gets_the_same_bits(device):
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["alone", "process group"])
-def test_no_kernel_waits_for_all_sms_beside_collectives(distributed, monkeypatch, device):
-    problem = Problem(Case("tiny", T=9, D=16, F=16, E=3, K=2), DTYPES[0], device)
-    beside = []
-
-    def down_combine_instead(hidden_RF, down_EDF, plan, row_of_slot_TK, scores_TK, programs):
-        beside.append(programs)
-        return hidden_RF.new_zeros(row_of_slot_TK.shape[0], down_EDF.shape[1])
-
-    monkeypatch.setattr(backward, "has_warp_roles", lambda *args: True)
-    monkeypatch.setattr(down_combine, "pays", lambda *args: True)
-    monkeypatch.setattr(down_combine, "down_combine", down_combine_instead)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: distributed)
-    problem.run()
-    assert beside == ([] if distributed else [5])
-
-
 def test_a_transform_takes_the_operators(device):
     ids_BTK = torch.randint(0, 5, (3, 9, 2), generator=torch.Generator(device).manual_seed(0), device=device).int()
     found = torch.vmap(lambda ids_TK: backward.sort_rows(ids_TK, 5))(ids_BTK)

@@ -69,8 +69,8 @@ def weights(tensor: torch.Tensor, interleaved: bool = False) -> TensorMap:
     return TensorMap(tensor.view(-1).as_strided(descriptor.shape, descriptor.strides), tuple(descriptor.block_shape))
 
 
-def ptx_of(kernel: str, dealt: bool, late: bool | None, constants: dict | None = None) -> str:
-    asked = request(kernel, constants, dealt, late)
+def ptx_of(kernel: str, dealt: bool, late: bool | None, constants: dict | None = None, early: bool = False) -> str:
+    asked = request(kernel, constants, dealt, late, early)
     return compile_all([asked])[asked.name].ptx
 
 
@@ -83,7 +83,7 @@ def run(kernel: str, dealt: bool, late: bool | None, given: Problem, seed: int) 
     claimed = () if tall else (plan.claimed_up if up else plan.claimed_down,)
     rows = TensorMap(given.rows_RD if up else given.hidden_RF, (64, 64))
     if kernel == "up_gather_kernel":
-        arguments = [given.x_TD, given.token_of_row_R, *claimed, operand, *table]
+        arguments = [given.x_TD, given.token_of_row_R, *claimed, operand, *table, plan.done_up]
     elif kernel == "up_ahead_kernel":
         gathered_RD = torch.full_like(given.rows_RD, torch.nan)
         arguments = [given.x_TD, given.token_of_row_R, TensorMap(gathered_RD, (64, 64)), gathered_RD, plan.ready_X,
@@ -91,7 +91,7 @@ def run(kernel: str, dealt: bool, late: bool | None, given: Problem, seed: int) 
     elif up:
         arguments = [rows, *claimed, operand, *table]
     else:
-        arguments = [*claimed, rows, operand, *table]
+        arguments = [*claimed, rows, operand, *table, *([] if tall else [plan.done_up])]
     emulate(ptx_of(kernel, dealt, late), kernel, arguments, seed)
     return out, (given.hidden_RF if up else given.y_RD)
 
@@ -130,13 +130,32 @@ def test_bands_are_summed_once_they_are_stored(late):
     emulate(ptx_of("down_combine_kernel", True, late, COMBINED), "down_combine_kernel",
             [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
              plan.tile_count, given.D8, given.F8, given.row_of_slot_TK, given.scores_TK, out_TD, plan.done_B, T,
-             *edges])
+             *edges, plan.done_up])
     assert error(y_RD[:-SPARE], given.y_RD) < BOUND
+    widths = [min(edge, -(-D // roles.BLOCK_N)) - first for first, edge in zip((0, *edges), (*edges, D), strict=True)]
+    assert plan.done_B.tolist() == [plan.tile_count.item() * width for width in widths]
     last = max(edge for edge in edges if edge * roles.BLOCK_N < D) * roles.BLOCK_N
     expected = (y_RD.double()[given.row_of_slot_TK.long()] * given.scores_TK[..., None]).sum(dim=1)
     assert last == 1024
     assert error(out_TD[:, :last], expected[:, :last]) < BOUND
     assert out_TD[:, last:].isnan().all(), "the last band is combine's"
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_down_waits_for_what_up_counts(late):
+    """up counts the tiles of both parts, however few; down that begins early waits for as many, or for good."""
+    given = Problem(True)
+    plan, hidden_RF, y_RD = given.plan(), given.out(given.F8 * 8), given.out(given.D8 * 8)
+    emulate(ptx_of("up_gather_kernel", True, late), "up_gather_kernel",
+            [given.x_TD, given.token_of_row_R, plan.claimed_up, weights(given.gate_up_E2FD, True), hidden_RF,
+             plan.tiles_X5, plan.tile_count, given.D8, given.F8, plan.done_up])
+    tiles_of_up = plan.tile_count.item() * -(-2 * given.F8 * 8 // roles.BLOCK_N)
+    assert plan.done_up.tolist() == [tiles_of_up - 3, 3]
+    emulate(ptx_of("down_kernel", True, late, early=True), "down_kernel",
+            [plan.claimed_down, TensorMap(hidden_RF[:-SPARE], (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
+             plan.tile_count, given.D8, given.F8, plan.done_up])
+    assert error(y_RD[:-SPARE], given.y_RD) < BOUND
+    assert y_RD[-SPARE:].isnan().all()
 
 
 @pytest.mark.parametrize("late", [True, False])
@@ -218,7 +237,7 @@ def test_a_wrong_count_of_arrivals_and_a_wrong_mask_show():
     def arguments(rows: int) -> list:
         y_RD = given.out(given.D8 * 8)[:rows]
         return [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
-                plan.tile_count, given.D8, given.F8]
+                plan.tile_count, given.D8, given.F8, plan.done_up]
 
     faulty, found = re.subn(r"(mbarrier\.init\S+ \[%r\d+\]), 2;", r"\1, 3;", ptx, count=1)
     assert found == 1

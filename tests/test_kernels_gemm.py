@@ -37,7 +37,7 @@ from tests.machine_code import Compiled, Request, compile_all
 
 def operands(D: int = 256, F: int = 256, dtype: torch.dtype = torch.bfloat16, tile_rows: int = 128) -> dict:
     plan = tiles.TilePlan(torch.empty(3, 5, dtype=torch.int32), torch.empty(1, dtype=torch.int32), tile_rows,
-                          *(torch.empty(n, dtype=torch.int32) for n in (1, 1, 3, 1, tiles.BANDS)), [])
+                          *(torch.empty(n, dtype=torch.int32) for n in (1, 1, 3, 1, tiles.BANDS, 2)), [])
     return {"rows": torch.empty(128, D, dtype=dtype), "gate_up": torch.empty(2, 2 * F, D, dtype=dtype),
             "down": torch.empty(2, D, F, dtype=dtype), "hidden": torch.empty(128, F, dtype=dtype), "plan": plan}
 
@@ -84,16 +84,33 @@ def test_down_combine_refuses_what_does_not_fit():
     hidden, down, plan = given["hidden"], given["down"], given["plan"]
 
     def call(T: int, K: int, dtype: torch.dtype = torch.int32, scores: torch.dtype = torch.float32) -> torch.Tensor:
+        out = torch.empty(T, 256, dtype=torch.bfloat16)
         return down_combine.down_combine(hidden[: T * K], down, plan, torch.zeros(T, K, dtype=dtype),
-                                         torch.zeros(T, K, dtype=scores), 1)
+                                         torch.zeros(T, K, dtype=scores), given["rows"][: T * K], out, 1)
 
     for message, arguments in {"K=9": (2, 9), "row_of_slot_TK is int64": (2, 2, torch.int64),
                                "scores_TK is float16": (2, 2, torch.int32, torch.float16)}.items():
         with pytest.raises(ValueError, match=message):
             call(*arguments)
     with pytest.raises(ValueError, match="hidden_RF"):
-        down_combine.down_combine(hidden, down, plan, torch.zeros(3, 2).int(), torch.zeros(3, 2), 1)
+        down_combine.down_combine(hidden, down, plan, torch.zeros(3, 2).int(), torch.zeros(3, 2), given["rows"],
+                                  given["rows"][:3], 1)
     assert call(0, 2).shape == (0, 256)
+
+
+def test_down_begins_early_only_after_an_up_that_counts():
+    """It would wait for good."""
+    given = operands()
+    hidden, down, plan, rows = given["hidden"], given["down"], given["plan"], given["rows"]
+    plan.count_once("up")
+    for programs in (1, 132):
+        with pytest.raises(ValueError, match="early=True, but this plan"):
+            grouped_gemm.down(hidden, down, plan, rows, programs, early=True)
+        with pytest.raises(ValueError, match="early=True, but this plan"):
+            down_combine.down_combine(hidden, down, plan, torch.zeros(64, 2).int(), torch.zeros(64, 2), rows,
+                                      rows[:64], programs, early=True)
+    plan.count_parts(132)
+    plan.require_parts(132)
 
 
 def test_a_plan_counts_once():
@@ -116,15 +133,16 @@ def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
     tensors = operands(D=1288, F=256)
     hidden, plan = tensors["hidden"], tensors["plan"]
     slots, scores = torch.zeros(16, 8, dtype=torch.int32), torch.zeros(16, 8)
-    out = down_combine.down_combine(hidden, tensors["down"], plan, slots, scores, 1)
+    out, y = torch.empty(16, 1288, dtype=torch.bfloat16), torch.empty(128, 1288, dtype=torch.bfloat16)
+    assert down_combine.down_combine(hidden, tensors["down"], plan, slots, scores, y, out, 1) is out
     assert given["hidden_desc"].base is hidden
     for name, tensor in {"tiles_ptr": plan.tiles_X5, "tile_count_ptr": plan.tile_count, "done_ptr": plan.done_B,
                          "claimed_ptr": plan.claimed_down, "row_of_slot_ptr": slots, "scores_ptr": scores,
-                         "out_ptr": out}.items():
+                         "out_ptr": out, "y_ptr": y, "done_up_ptr": plan.done_up}.items():
         assert given[name] is tensor, name
     assert (given["D8"], given["F8"], given["T"]) == (161, 32, 16)
     assert (given["second"], given["third"], given["fourth"]) == down_combine.edges_for(1288, 256, 8) == (2, 4, 6)
-    assert (given["TOP_K"], given["CHOICES"], given["LATE"], given["launch_cooperative_grid"]) == (8, 8, False, True)
+    assert (given["TOP_K"], given["CHOICES"], given["LATE"], given["EARLY"]) == (8, 8, False, False)
     assert all(one is other for one, other in zip(combined, (given["y_ptr"], slots, scores, out), strict=False))
     assert combined[4] == 1024, "the last band is combine's"
 
@@ -204,7 +222,7 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
 
     class Recorder:
         def __init__(self, names: list[str]):
-            self.names = [name for name in names if name != "LATE"]
+            self.names = [name for name in names if name not in ("LATE", "EARLY")]
 
         def __getitem__(self, grid):
             return lambda *arguments, **options: given.update(zip(self.names, arguments, strict=True), **options)
@@ -299,14 +317,15 @@ DEALT = {"gate_up_desc": box(4, 8, 4, 2, 64), "down_desc": box(8, 4, 4, 2, 64)}
 TABLE = {"tiles_ptr": "*i32", "tile_count_ptr": "*i32", "D8": "i32", "F8": "i32"}
 CLAIMED = {"claimed_ptr": "*i32"}
 GATHER = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", **CLAIMED, "gate_up_desc": DEALT["gate_up_desc"],
-          "hidden_ptr": "*bf16", **TABLE}
+          "hidden_ptr": "*bf16", **TABLE, "done_ptr": "*i32"}
 UP = {"rows_desc": describe(64), "gate_up_desc": DEALT["gate_up_desc"], "hidden_ptr": "*bf16", **TABLE}
 DOWN = {"hidden_desc": describe(64), "down_desc": DEALT["down_desc"], "y_ptr": "*bf16", **TABLE}
+AFTER_UP = {"done_up_ptr": "*i32"}
 STRAIGHT = {**CLAIMED, "rows_desc": describe(64), "weights_desc": box(1, 64, 256),
             "out_ptr": "*bf16", "tiles_ptr": "*i32", "tile_count_ptr": "*i32", "N8": "i32", "K8": "i32"}
 KERNELS = {
     "up_gather_kernel": ("grouped_gemm", GATHER), "up_rows_kernel": ("grouped_gemm", {**CLAIMED, **UP}),
-    "down_kernel": ("grouped_gemm", {**CLAIMED, **DOWN}), "tall_up_rows_kernel": ("tall_gemm", UP),
+    "down_kernel": ("grouped_gemm", {**CLAIMED, **DOWN, **AFTER_UP}), "tall_up_rows_kernel": ("tall_gemm", UP),
     "tall_down_kernel": ("tall_gemm", DOWN), "straight_kernel": ("grouped_gemm", STRAIGHT),
 }
 
@@ -315,20 +334,23 @@ AHEAD = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "rows_desc": describe(64)
          "ready_ptr": "*i32", "begun_ptr": "*i32", **CLAIMED, "gate_up_desc": DEALT["gate_up_desc"],
          "hidden_ptr": "*bf16", **TABLE}
 COMBINE = {**CLAIMED, **DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
-           "T": "i32", "second": "i32", "third": "i32", "fourth": "i32"}
+           "T": "i32", "second": "i32", "third": "i32", "fourth": "i32", **AFTER_UP}
 CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
 
 
-def request(kernel: str, constants: dict | None = None, dealt: bool = True, late: bool | None = None) -> Request:
+def request(kernel: str, constants: dict | None = None, dealt: bool = True, late: bool | None = None,
+            early: bool = False) -> Request:
     """A Gluon kernel with its pointers aligned; its integers are not specialised. `dealt`: weight rows are; `late`:
-    tiles are finished late, None where a kernel knows no such thing."""
+    tiles are finished late, None where a kernel knows no such thing; `early`: down begins before up has ended."""
     file, signature = {"down_combine_kernel": ("down_combine", COMBINE), "up_ahead_kernel": ("up_ahead", AHEAD),
                        **KERNELS}[kernel]
     if not dealt:
         signature = {name: describe(256) if name in DEALT else kind for name, kind in signature.items()}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     constants = (constants or {}) | ({} if late is None else {"LATE": late})
-    name = " ".join([kernel, *(["late"] if late else []), *([] if dealt else ["in order"])])
+    if "done_up_ptr" in signature:
+        constants["EARLY"] = early
+    name = " ".join([kernel, *(["late"] if late else []), *([] if dealt else ["in order"]), *["early"] * early])
     return Request(name, f"labs.kernels.{file}", kernel, signature, constants, aligned, 4, 3, options=roles.LAUNCH)
 
 
@@ -345,11 +367,12 @@ def steps_of(kernel: str, late: bool | None) -> int:
 
 def stores_of(kernel: str, late: bool | None) -> int:
     """16-byte stores of a thread in a consumer's code. Late: the half of up that does not wait, then each part beside a
-    step and once more behind the last tile, and with bands before a band's first tile."""
+    step and once more behind the last tile, and with bands or parts before the first tile of one."""
     whole = 8 if "up" in kernel else 16
     if not late:
         return whole
-    return whole // 2 + whole if "up" in kernel else (3 if "combine" in kernel else 2) * whole
+    waiting = whole // 2 if "up" in kernel else whole
+    return whole - waiting + (3 if kernel in ("down_combine_kernel", "up_gather_kernel") else 2) * waiting
 
 
 @pytest.fixture(scope="module")
@@ -371,10 +394,11 @@ def test_machine_code_is_as_planned(code, kernel, late, dealt):
     assert found.count(r"STG") == found.count(r"STG\.E\.128") == warpgroups * stores_of(kernel, late)
     assert found.stack_bytes == 0
     assert found.count(r"LDL|STL") == 0, "no spills"
-    atomics = found.count(r"REDG?\.|ATOMG?\.")
     claims = 0 if kernel.startswith("tall") else 2
-    assert atomics == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == claims, "the first claim and the next ones"
     looked_up = 0 if claims == 0 else 2 + 5  # claims and fields of the next tile, taken out of lanes
+    assert found.count(r"ATOMG") == found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU") == claims, "the first and the next ones"
+    counters = 2 if kernel == "up_gather_kernel" else 0
+    assert found.count(r"RED") - looked_up == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "parts stored"
     assert found.count("REDUX") == looked_up, "as scalars they would be waited for where they are asked for"
     assert found.registers == 168, "65536 registers over 12 warps, before they are dealt out anew"
     stage = (warpgroups * 64 + 256) * 64 * 2
@@ -386,7 +410,7 @@ def test_machine_code_is_as_planned(code, kernel, late, dealt):
         assert found.count("SEL") - as_dealt.count("SEL") >= 2.5 * swaps
 
 
-SPARE_WARPS = {"up_ahead_kernel": (8, 2), **{f"down_combine_kernel, top {K}": (CHOICES[K], 1) for K in CHOICES}}
+SPARE_WARPS = {"up_ahead_kernel": (8, 2), **{f"down_combine_kernel, top {K}": (CHOICES[K], 2) for K in CHOICES}}
 IN_ORDER = ("up_ahead_kernel", "down_combine_kernel, top 8")
 
 
@@ -415,10 +439,27 @@ def test_machine_code_with_spare_warps_is_as_planned(name, dealt, late):
         assert found.count(r"LDG\.") == alone.count(r"LDG\.") + 1, "one acquires; what the combiner loads are copies"
     assert atomics - claims == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
     assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
-    assert found.count(r"MEMBAR\.ALL\.GPU") == 1, "released"
+    assert found.count(r"MEMBAR\.ALL\.GPU") == (counters if K else 1), "released"
     assert found.count(r"CCTL\.IVALL") == 1, "acquired"
     assert found.registers == 168
     assert found.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize("dealt", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("kernel", ["down_kernel", "down_combine_kernel"])
+def test_machine_code_of_down_that_begins_early_is_as_planned(kernel, late, dealt):
+    """down's own, but for what waits: for up's first part, and for up's end before other rows and its own end."""
+    combined = {"TOP_K": 8, "CHOICES": 8} if "combine" in kernel else None
+    early, asked = request(kernel, combined, dealt, late, True), request(kernel, combined, dealt, late)
+    found, usual = (compile_all([early, asked])[one.name] for one in (early, asked))
+    for opcode in ("HGMMA", "WARPGROUP", "UTMALDG", "STG", "LDGSTS", "REDUX", "REDG", "ATOMG"):
+        assert found.count(opcode) == usual.count(opcode)
+    assert found.count("NANOSLEEP") == usual.count("NANOSLEEP") + 1
+    assert found.count("ACQBULK") == 2
+    assert found.count(r"FENCE\.VIEW\.ASYNC\.G") == 1, "rows stored one by one, read by TMA"
+    assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
+    assert found.registers == usual.registers == 168
 
 
 H_PART = f"tensordesc<bf16[64, 32],{train_gemm._SWIZZLED_PART.value!r}>"
@@ -520,7 +561,7 @@ def check_answers(case: Case) -> None:
 
 
 def check_combined(case: Case) -> None:
-    """down_combine against the oracle, five times with other data in its way, all equal."""
+    """down_combine against the oracle, five times with NaN where it writes, begun early or not, all equal."""
     cfg, programs = case.config, torch.cuda.get_device_properties(0).multi_processor_count
     workload = Workload(cfg, case.T, torch.bfloat16, case.routing)
     weights = make_weights(cfg, torch.bfloat16, "cuda")
@@ -532,13 +573,14 @@ def check_combined(case: Case) -> None:
     token_of_row_R = token_of_row_R[: case.T * cfg.K].contiguous()
     gate_up = tiles.interleave_gate_up(weights.gate_up_E2FD)
     outs = []
-    for _ in range(5):
+    for early in (False, True, True, True, False):
         plan = tiles.plan_tiles(offsets_E1, token_of_row_R.numel())
+        y_RD = torch.full((token_of_row_R.numel(), cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
         hidden_RF = torch.full((token_of_row_R.numel(), cfg.F), torch.nan, dtype=torch.bfloat16, device="cuda")
+        out_TD = torch.full((case.T, cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
         grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan, hidden_RF, programs)
-        # What the next allocations find is NaN, not the answers of the run before.
-        torch.full((token_of_row_R.numel() + case.T, cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
-        outs.append(down_combine.down_combine(hidden_RF, weights.down_EDF, plan, row_of_slot_TK, scores_TK, programs))
+        outs.append(down_combine.down_combine(hidden_RF, weights.down_EDF, plan, row_of_slot_TK, scores_TK, y_RD,
+                                              out_TD, programs, early))
         for claimed, columns in ((plan.claimed_up, 2 * cfg.F), (plan.claimed_down, cfg.D)):
             tiles_of_all = int(plan.tile_count) * -(-columns // roles.BLOCK_N)
             assert int(claimed) == tiles_of_all + programs, "each tile claimed once, and one past the last a program"
@@ -569,6 +611,51 @@ def check_no_rows() -> None:
 def needs_sm_90() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs sm_90")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("held", [False, True], ids=["alone", "beside another stream"])
+@pytest.mark.parametrize("T", [40, 900, 4000])
+def test_down_that_begins_early_gives_the_same_bits(T, held):
+    """Replay after replay, hidden NaN before up; also where another stream's kernels hold SMs that programs want."""
+    needs_sm_90()
+    cfg, programs = MoEConfig("case", 1536, 768, 16, 4), torch.cuda.get_device_properties(0).multi_processor_count
+    weights = make_weights(cfg, torch.bfloat16, "cuda")
+    x_TD = make_inputs(Workload(cfg, T, torch.bfloat16, "skewed"), weights)
+    offsets_E1, token_of_row_R, row_of_slot_TK = dispatch(route_float64(cfg, weights.router_ED, x_TD)[1], cfg.E)
+    token_of_row_R, scores_TK = token_of_row_R[: T * cfg.K].contiguous(), torch.rand(T, cfg.K, device="cuda")
+    shapes = (T * 4, cfg.F), (T * 4, cfg.D), (T * 4, cfg.D), (T, cfg.D)
+    hidden_RF, y_RD, summed_RD, out_TD = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
+
+    def run(early: bool) -> None:
+        for projection in ("down", "down and sum"):
+            hidden_RF.fill_(torch.nan)
+            plan = tiles.plan_tiles(offsets_E1, T * cfg.K)
+            grouped_gemm.up_gather(x_TD, token_of_row_R, weights.gate_up_E2FD, plan, hidden_RF, programs)
+            if projection == "down":
+                grouped_gemm.down(hidden_RF, weights.down_EDF, plan, y_RD, programs, early)
+            else:
+                down_combine.down_combine(hidden_RF, weights.down_EDF, plan, row_of_slot_TK, scores_TK, summed_RD,
+                                          out_TD, programs, early)
+
+    run(False)
+    expected = [each.clone() for each in (y_RD, summed_RD, out_TD)]
+    assert not any(each.isnan().any() for each in expected)
+    run(True)  # compiles
+    graph, other = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        run(True)
+        run(True)
+    square = torch.ones(2048, 2048, dtype=torch.bfloat16, device="cuda")
+    for _ in range(30):
+        with torch.cuda.stream(other):
+            for _ in range(4 * held):
+                square @ square
+        for each in (y_RD, summed_RD, out_TD):
+            each.fill_(torch.nan)
+        graph.replay()
+        for each, wanted in zip((y_RD, summed_RD, out_TD), expected, strict=True):
+            assert torch.equal(each, wanted)
 
 
 @pytest.mark.gpu

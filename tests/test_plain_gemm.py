@@ -63,16 +63,18 @@ def test_plain_machine_code_is_as_planned(kernel, sm, tile, dtype):
 def test_what_goes_before_the_gemms_compiles_for_every_target(sm):
     """The table of row tiles, and rows spread before."""
     table = dict.fromkeys(("offsets_ptr", "tiles_ptr", "tile_count_ptr", "claimed_up_ptr", "claimed_down_ptr",
-                           "ready_ptr", "begun_ptr", "done_ptr"), "*i32") | {"E": "i32"}
-    plan = Request(f"plan sm_{sm}", "labs.kernels.tiles", "plan_tiles_kernel", table,
-                   {"BLOCKS": 2, "GROUP": 32, "BANDS": tiles.BANDS, "E_POW2": 128}, pointers(table), 4, 3, sm)
+                           "ready_ptr", "begun_ptr", "done_ptr", "done_up_ptr"), "*i32") | {"E": "i32"}
+    constants = {"BLOCKS": 2, "GROUP": 32, "BANDS": tiles.BANDS, "E_POW2": 128, "PDL": sm >= 90}
+    plan = Request(f"plan sm_{sm}", "labs.kernels.tiles", "plan_tiles_kernel", table, constants, pointers(table), 4, 3,
+                   sm)
     rows = {"x_ptr": "*bf16", "row_of_slot_ptr": "*i32", "rows_ptr": "*bf16", "D": "i32"}
     spread = Request(f"spread sm_{sm}", "labs.kernels.tiles", "spread_rows_kernel", rows,
-                     {"TOP_K": 8, "BLOCK_D": 1024}, (*pointers(rows), "D"), 4, 3, sm)
+                     {"TOP_K": 8, "BLOCK_D": 1024, "PDL": sm >= 90}, (*pointers(rows), "D"), 4, 3, sm)
     found = compile_all([plan, spread])
     for code in found.values():
         assert code.count(r"LDL|STL") == code.stack_bytes == 0
         assert code.count(r"REDG?\.|ATOMG?\.") == 0
+        assert code.count("ACQBULK") == (sm >= 90), "waits for the kernel before, where that may still run"
     assert found[spread.name].count(r"STG\.E\.128") == 8, "a token's columns, once a slot, 16 bytes a thread"
 
 

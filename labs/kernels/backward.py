@@ -103,12 +103,6 @@ def _plan(like: torch.Tensor, offsets_E1: torch.Tensor, R: int) -> tuple[PlainTi
     return tile, plan_tiles(offsets_E1, R, tile.block_M)
 
 
-def _is_distributed() -> bool:
-    """Whether collectives may hold SMs, perhaps until another rank gets on. down_combine.py's programs wait for each
-    other, so for all SMs: two ranks could wait for each other's."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _shaped(like: torch.Tensor, needed: bool) -> torch.Tensor:
     """A fake gradient."""
     return like.new_empty(like.shape if needed else 0)
@@ -224,9 +218,11 @@ def train_down(
     hidden_RF."""
     R, (E, D, _) = token_of_row_R.numel(), down_EDF.shape
     tile, plan = _plan(hidden_RF, offsets_E1, R)
-    if (first_of_token_T1 is None and has_warp_roles(tile, down_EDF, R) and not _is_distributed()
+    if (first_of_token_T1 is None and has_warp_roles(tile, down_EDF, R)
             and down_combine.pays(R, D, E, row_of_entry.shape[1])):
-        return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_entry, scores, sm_count(hidden_RF.device))
+        y_RD, out_TD = hidden_RF.new_empty(R, D), hidden_RF.new_empty(row_of_entry.shape[0], D)
+        return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_entry, scores, y_RD, out_TD,
+                                         sm_count(hidden_RF.device))
     y_RD = multiply_rows(hidden_RF, offsets_E1, down_EDF, plan, tile, transposed=True)
     return _sum_rows(y_RD, scores, offsets_E1, row_of_entry, first_of_token_T1)
 

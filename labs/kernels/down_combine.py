@@ -11,18 +11,18 @@ How    64 spare threads copy a token's K rows, 512 columns of each, into a ring 
 
     producer    1 warp          TMA: rows and weights of a stage, as in roles.py
     consumers   2 warpgroups    multiply a tile, store the one before beside it (late_store.py); at a program's first
-                                tile of a later band, store what waits and arrive stored[band] for those before
-    combiner    2 warps         wait stored[band]; done[band] += 1; wait until all programs have added theirs;
-                                then sum every grid-th token
+                                tile of a later band, store what waits and say so to the producer, which counts
+                                the program's tiles of the band in done[band]
+    combiner    2 warps         wait until done[band] is all of it; then sum every grid-th token
 
-Costs  hidden is read once a band. The combiner of one program waits for the tiles of all others: every program must be
-       on the GPU at once, so the launch is cooperative. y still takes R * D values; it is mostly read from L2.
+Costs  hidden is read once a band. The combiner of one program waits for the tiles of others, but only for such as are
+       claimed: it needs no program that has not begun. y still takes R * D values.
 
     index array     shape     from -> to
     row_of_slot_TK  (T, K)    token, choice -> sorted row
     tiles_X5        (X, 5)    row tile -> expert, first row, rows in use, first tile and size of its group (tiles.py)
     claimed         (1,)      output tiles that programs have taken; zero at the start (tiles.py)
-    done_B          (4,)      band -> programs whose tiles of it are stored; zeros at the start (tiles.py)
+    done_B          (4,)      band -> output tiles of it that are stored; zeros at the start (tiles.py)
 
 Determinism: each sum runs over the choices in their order, though the compiler may fuse other products than in
 combine.py: equal run for run, not bit for bit combine.py's. The counters order work.
@@ -33,18 +33,17 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.combine import combine
-from labs.kernels.grouped_gemm import consume_y, down_operands
+from labs.kernels.grouped_gemm import begin, consume_y, down_operands, produce_hidden
 from labs.kernels.roles import (
     BLOCK_N,
-    LAUNCH,
+    FOLLOW,
     _BLOCK_N,
     _WARPGROUPS,
     band_of,
     edge_of,
     open_barriers,
     open_ring,
-    produce_rows,
-    sync_threads,
+    wait_for,
     walk_tiles,
 )
 from labs.kernels.late_store import ROUNDED_PARTS, finishes_late
@@ -55,7 +54,6 @@ import triton  # after common.level, which the above import
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # In kernels M, N and K are the GEMM tile's axes; top-k is TOP_K.
@@ -76,29 +74,7 @@ _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 _NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
-# ------------------------------------------------------------------------------------------------------ consumers
-@gluon.jit
-def leave_bands(stored, first, end):
-    """This warpgroup has stored its share of the bands from `first` to before `end`, and gets no more of them."""
-    sync_threads()  # one thread arrives, for all that have stored
-    for band in gl.static_range(_BANDS):
-        mbarrier.arrive(stored.index(band), pred=(first <= band) & (band < end))
-
-
 # ------------------------------------------------------------------------------------------------------ combiner
-@gluon.jit
-def wait_for_band(band, stored, done_ptr):
-    """Return when all programs have stored their tiles of the band.
-
-    This program's tiles are ordered by the barrier, other programs' by the counter, released and acquired at the
-    GPU's scope.
-    """
-    mbarrier.wait(stored.index(band), 0)
-    gl.atomic_add(done_ptr + band, 1, sem="release", scope="gpu")
-    while gl.atomic_add(done_ptr + band, 0, sem="acquire", scope="gpu") < gl.num_programs(0):
-        pass
-
-
 @gluon.jit
 def next_item(token, block, blocks, grid):
     """The next block of columns of a token, or the first of this program's next token."""
@@ -121,8 +97,8 @@ def ask(row_of_slot_ptr, scores_ptr, token, T, rows_of, scores_of, item, TOP_K: 
 
 
 @gluon.jit
-def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, column_tiles, edges, stored, slots,
-                  rows_of, scores_of, TOP_K: gl.constexpr):
+def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk, edges, slots, rows_of, scores_of,
+                  TOP_K: gl.constexpr):
     """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for every grid-th token and
     all bands but the last, which are whole blocks.
 
@@ -143,6 +119,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
     pair = gl.arange(0, PAIRS, layout=gl.SliceLayout(0, pair_layout))
     program = gl.program_id(0)
     grid = gl.num_programs(0)
+    _tiles_ptr, total, column_tiles, _k_steps = walk
     for band in range(0, band_of(edges, column_tiles - 1)):
         left = edge_of(edges, band) * _BLOCK_N
         right = edge_of(edges, band + 1) * _BLOCK_N
@@ -154,7 +131,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
             ask(row_of_slot_ptr, scores_ptr, asked_token, T, rows_of, scores_of, turn, TOP_K)
             async_copy.commit_group()
             asked_token, asked_block = next_item(asked_token, asked_block, blocks, grid)
-        wait_for_band(band, stored, done_ptr)
+        wait_for(done_ptr + band, total // column_tiles * (edge_of(edges, band + 1) - edge_of(edges, band)))
         copied_block = 0
         summed_token = program
         summed_block = 0
@@ -206,32 +183,34 @@ def down_combine_kernel(
     second,
     third,
     fourth,
+    done_up_ptr,  # (2,) int32, up_gather_kernel's
     TOP_K: gl.constexpr,
     CHOICES: gl.constexpr,
     LATE: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8; second, third
     and fourth the first column tiles of these bands (edge_of in roles.py); CHOICES the power of 2 from TOP_K on.
 
-    Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 256 columns, and every grid-th
-    token.
+    Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns, and every grid-th token.
     """
     dealt: gl.constexpr = len(down_desc.block_type.shape) == 5
-    leave: gl.constexpr = leave_bands
     ring = open_ring(1)
-    stored = open_barriers(_BANDS, _WARPGROUPS)
+    stored = open_barriers(1, _WARPGROUPS)
     slots = gl.allocate_shared_memory(gl.bfloat16, [_SLOTS // CHOICES, CHOICES, _COLUMNS], _FLAT)
     rows_of = gl.allocate_shared_memory(gl.int32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
     scores_of = gl.allocate_shared_memory(gl.float32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
+    begin(EARLY)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
     edges = second, third, fourth, walk[2]
     gl.warp_specialize([
-        (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 0, leave, stored)),
-        (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 1, leave, stored)),
-        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk[2], edges, stored,
-                         slots, rows_of, scores_of, TOP_K)),
-        (produce_rows, (hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring)),
+        (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 0, stored)),
+        (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 1, stored)),
+        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk, edges, slots,
+                         rows_of, scores_of, TOP_K)),
+        (produce_hidden, (hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, done_up_ptr, F8, EARLY,
+                          done_ptr, stored)),
     ], [4, 2, 1], [224, 56, 56])
 
 
@@ -259,29 +238,33 @@ def edges_for(D: int, F: int, K: int) -> tuple[int, int, int]:
 
 def down_combine(
     hidden_RF: torch.Tensor, down_EDF: torch.Tensor, plan: TilePlan, row_of_slot_TK: torch.Tensor,
-    scores_TK: torch.Tensor, programs: int,
+    scores_TK: torch.Tensor, y_RD: torch.Tensor, out_TD: torch.Tensor, programs: int, early: bool = False,
 ) -> torch.Tensor:
-    """out_TD: hidden_RF through their experts' down_EDF, and each token's K rows of it, summed with their scores.
+    """y_RD = hidden_RF through their experts' down_EDF; returns out_TD, each token's K rows of it, summed with their
+    scores.
 
     bf16 and contiguous, row_of_slot_TK int32 and scores_TK float32 (T, K), K at most MOST_CHOICES; a plan in tiles of
-    128 rows that no other down projection has used; programs: the GPU's SMs. Raises ValueError for other shapes, dtypes
-    or plans, and unless D and F are multiples of 8.
+    128 rows that no other down projection has used; programs: the GPU's SMs; early: as of
+    `down`, out_TD being as old as y_RD. Raises ValueError for other shapes, dtypes or plans, and unless D and F are
+    multiples of 8.
     """
-    (T, K), D, R, device = row_of_slot_TK.shape, down_EDF.shape[1], hidden_RF.shape[0], hidden_RF.device
+    (T, K), D, device = row_of_slot_TK.shape, down_EDF.shape[1], hidden_RF.device
     if not 1 <= K <= MOST_CHOICES:
         raise ValueError(f"row_of_slot_TK has K={K}, but this kernel takes 1 to {MOST_CHOICES} choices")
     require("hidden_RF", hidden_RF, (T * K, down_EDF.shape[2]), torch.bfloat16, device)
     require("row_of_slot_TK", row_of_slot_TK, (T, K), torch.int32, device)
     require("scores_TK", scores_TK, (T, K), torch.float32, device)
-    y_RD, out_TD = hidden_RF.new_empty(R, D), hidden_RF.new_empty(T, D)
+    require("out_TD", out_TD, (T, D), torch.bfloat16, device)
     if T == 0:
         return out_TD
     operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
+    if early:
+        plan.require_parts(programs)
     plan.count_once("down")
     edges = edges_for(D, hidden_RF.shape[1], K)
     down_combine_kernel[(programs,)](
-        plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, TOP_K=K,
+        plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, plan.done_up, TOP_K=K,
         CHOICES=triton.next_power_of_2(K), LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS),
-        launch_cooperative_grid=True, **LAUNCH)
+        EARLY=early, **FOLLOW)
     last = max((edge for edge in edges if edge * BLOCK_N < D), default=0)
     return combine(y_RD, row_of_slot_TK, scores_TK, out_TD, last * BLOCK_N)

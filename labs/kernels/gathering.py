@@ -16,12 +16,15 @@ from labs.kernels.roles import (
     _SWIZZLED,
     _TILE_ROWS,
     _WEIGHT_BYTES,
+    announce,
     ask_claim,
     ask_entry,
     claim,
     claimed_tile,
     field,
     find_tile_ahead,
+    first_part,
+    leaving,
     load_weights,
     look_up_at,
     next_stage,
@@ -80,10 +83,11 @@ def gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, f
 
 @gluon.jit
 def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring,
-                     load_more: gl.constexpr = None, more=None):
+                     load_more: gl.constexpr = None, more=None, done_ptr=None, stored=None):
     """Four warps fill the ring: rows of x (T, D) through token_of_row (R,), and weights. weight_rows: of an expert.
 
     load_more(more, row, used, column, stage, phase, ring, True), if given, fills further stages after a tile's last.
+    done_ptr, if given: output tiles of the first part that are stored, and of the rest (first_part, announce).
     """
     tiles_ptr, total, column_tiles, k_steps = walk
     _rows, _weights, _told, full, _empty = ring
@@ -92,10 +96,15 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
     claim_at, group_at, tile_at, tokens_at = look_up_at(k_steps)
     stage = 0
     phase = 0
-    expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claim(claimed_ptr, 4), total, column_tiles)
+    claimed = claim(claimed_ptr, 4)
+    band = (claimed >= first_part(total)).to(gl.int32)
+    left = 0
+    leaves = 0
+    tiles = 0
+    expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claimed, total, column_tiles)
     token = load_tokens(token_of_row_ptr, row, used, column)
     while used > 0:
-        tell(ring, stage, phase, row, used, column, 0, 4)
+        tell(ring, stage, phase, row, used, column, left, 4)
         inside = rows_in_use(used, column)[1]
         source = x_ptr + (token.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, 0, claim_at, stage,
@@ -126,5 +135,18 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
         row = next_row
         used = next_used
         column = next_column
-    tell_end(ring, stage, phase, 4)
+        if done_ptr is not None:
+            if left > 0:
+                announce(done_ptr, left, stored, leaves)
+                leaves ^= 1
+                tiles = 0
+            tiles += 1
+            before = band + 0  # not `= band`: Triton drops a loop-carried name that starts as another's alias
+            band = (claimed >= first_part(total)).to(gl.int32)
+            left = gl.where(band == before, 0, leaving(before, tiles))
+    if done_ptr is not None:
+        left = gl.where(left == 0, leaving(band, tiles), left)
+    tell_end(ring, stage, phase, left, 4)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+    if done_ptr is not None:
+        announce(done_ptr, left, stored, leaves)

@@ -9,6 +9,7 @@ where no more are left, and 256 columns: of up, 128 of hidden, as gate and up ro
 Weight rows come from TMA in the order in which accumulators can be stored as they lie (roles.py, describe_weights);
 where a width does not divide into it, the epilogue swaps values between threads instead. Tiles of down, and the right
 halves of up's, are finished late, beside the next one's multiply (late_store.py), unless the inner dimension is short.
+down may begin `early`: while the last tiles of up are multiplied, it works on rows that are whole.
 
 roles.py has who does what in a program, and the index arrays.
 """
@@ -34,19 +35,25 @@ from labs.kernels.late_store import (
 from labs.kernels.roles import (
     BLOCK_K,
     BLOCK_N,
-    LAUNCH,
+    FOLLOW,
     _ACC_EIGHTH,
     _ACC_HALF,
     _ACC_QUARTER,
     _BLOCK_N,
     _ROWS,
     _SWIZZLED_3D,
+    _WARPGROUPS,
     consume,
     describe,
     describe_weights,
+    fence_async_global,
+    first_part,
+    follow,
     one_band,
+    open_barriers,
     open_ring,
     produce_rows,
+    wait_for,
     walk_tiles,
 )
 from labs.kernels.stores import _WIDE_128, _WIDE_256, _WIDE_32, _WIDE_64, halves, store_rows, store_wide
@@ -55,6 +62,7 @@ from labs.kernels.tiles import ROWS, TilePlan, check, check_gemm, check_out
 from triton.experimental import gluon  # after common.level, which tiles imports
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # A tensor's suffix is its shape: x_TD is (T, D). In kernels M, N and K are the GEMM tile's axes.
@@ -161,28 +169,65 @@ def keep_y(y_ptr, D8, acc, row, column_tile, end, store: gl.constexpr):
 
 @gluon.jit
 def consume_hidden(hidden_ptr, F8, k_steps, ring, DEALT: gl.constexpr, LATE: gl.constexpr, WG: gl.constexpr,
-                   GATHERED: gl.constexpr):
-    """A consumer of up. DEALT: weights are dealt out; LATE: a tile's right half is finished late."""
+                   GATHERED: gl.constexpr, stored=None):
+    """A consumer of up. DEALT: weights are dealt out; LATE: a tile's right half is finished late. stored: consume's."""
     if LATE:
         store: gl.constexpr = store_hidden_columns_dealt if DEALT else store_hidden_columns
         consume_late(hidden_ptr, F8, k_steps, ring, no_hidden, keep_hidden, _HIDDEN_PARTS, store_hidden_part, store, WG,
-                     GATHERED)
+                     GATHERED, stored)
     else:
         finish: gl.constexpr = store_hidden_dealt if DEALT else store_hidden
-        consume(hidden_ptr, F8, k_steps, ring, finish, WG, GATHERED)
+        consume(hidden_ptr, F8, k_steps, ring, finish, WG, GATHERED, 0, stored)
 
 
 @gluon.jit
 def consume_y(y_ptr, D8, k_steps, ring, DEALT: gl.constexpr, LATE: gl.constexpr, WG: gl.constexpr,
-              leave: gl.constexpr = None, stored=None):
-    """A consumer of down. DEALT: weights are dealt out; LATE: tiles are stored late. leave, stored: consume's."""
+              stored=None):
+    """A consumer of down. DEALT: weights are dealt out; LATE: tiles are stored late. stored: consume's."""
     if LATE:
         store: gl.constexpr = store_pairs_dealt if DEALT else store_pairs
-        consume_late(y_ptr, D8, k_steps, ring, no_parts, keep_y, _ROUNDED_PARTS, store_part, store, WG, False, leave,
+        consume_late(y_ptr, D8, k_steps, ring, no_parts, keep_y, _ROUNDED_PARTS, store_part, store, WG, False,
                      stored)
     else:
         finish: gl.constexpr = store_y_dealt if DEALT else store_y
-        consume(y_ptr, D8, k_steps, ring, finish, WG, False, 0, leave, stored)
+        consume(y_ptr, D8, k_steps, ring, finish, WG, False, 0, stored)
+
+
+# -------------------------------------------------------------------------------- down begins before up has ended
+@gluon.jit
+def begin(EARLY: gl.constexpr):
+    """`follow`, or where down begins EARLY leave the waiting to produce_hidden. What else it reads is older than up,
+    which had waited for that before it let down begin."""
+    if EARLY:
+        gdc_launch_dependents()
+    else:
+        follow()
+
+
+@gluon.jit
+def wait_for_up(whole, _row_tile, _used, group_end):
+    """Before a tile of rows that are not whole after up's first part."""
+    if group_end > whole:
+        gdc_wait()
+
+
+@gluon.jit
+def produce_hidden(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, done_up_ptr, F8, EARLY: gl.constexpr,
+                   done_ptr=None, stored=None):
+    """produce_rows of hidden. EARLY: up_gather_kernel is the kernel before, and may still be at its last part. The rows
+    of groups that lie in its first part are whole once that is stored; before others, up has to have ended."""
+    if EARLY:
+        _tiles_ptr, total, column_tiles, _k_steps = walk
+        up_columns = gl.cdiv(F8 * 16, _BLOCK_N)
+        part = first_part(total // column_tiles * up_columns)
+        wait_for(done_up_ptr, part)
+        fence_async_global(1)
+        produce_rows(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, None, None, wait_for_up,
+                     part // up_columns, done_ptr, stored)
+        gdc_wait()  # so that down has not ended before up has, whoever had which tiles
+    else:
+        produce_rows(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, None, None, None, None, done_ptr,
+                     stored)
 
 
 # ------------------------------------------------------------------------------------------------------- kernels
@@ -198,19 +243,24 @@ def up_gather_kernel(
     tile_count_ptr,  # (1,) int32
     D8,
     F8,
+    done_ptr,  # (2,) int32, zeros
     LATE: gl.constexpr,
 ):
     """hidden = silu(x[token] @ gate.T) * (x[token] @ up.T), gather and SwiGLU fused. D8 and F8 are D / 8 and F / 8.
+    done: output tiles of its first part that are stored, and of the rest (first_part in roles.py).
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """
     dealt: gl.constexpr = len(gate_up_desc.block_type.shape) == 5
     ring = open_ring(128 + 1)
+    stored = open_barriers(1, _WARPGROUPS)
+    follow()
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     gl.warp_specialize([
-        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, True)),
-        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 1, True)),
-        (produce_gathered, (x_ptr, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, ring)),
+        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, True, stored)),
+        (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 1, True, stored)),
+        (produce_gathered, (x_ptr, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, ring, None, None,
+                            done_ptr, stored)),
     ], [4, 4], [216, 72])
 
 
@@ -232,6 +282,7 @@ def up_rows_kernel(
     """
     dealt: gl.constexpr = len(gate_up_desc.block_type.shape) == 5
     ring = open_ring(1)
+    follow()
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     gl.warp_specialize([
         (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, False)),
@@ -250,19 +301,23 @@ def down_kernel(
     tile_count_ptr,  # (1,) int32
     D8,
     F8,
+    done_up_ptr,  # (2,) int32, up_gather_kernel's
     LATE: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    """y = hidden @ down.T. D8 and F8 are D / 8 and F / 8.
+    """y = hidden @ down.T. D8 and F8 are D / 8 and F / 8. EARLY: produce_hidden's.
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns. Float32 accumulators.
     """
     dealt: gl.constexpr = len(down_desc.block_type.shape) == 5
     ring = open_ring(1)
+    begin(EARLY)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D8 * 8, F8 * 8)
     gl.warp_specialize([
         (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 0)),
         (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 1)),
-        (produce_rows, (hidden_desc, down_desc, walk, one_band(walk), claimed_ptr, D8 * 8, ring)),
+        (produce_hidden, (hidden_desc, down_desc, walk, one_band(walk), claimed_ptr, D8 * 8, ring, done_up_ptr, F8,
+                          EARLY)),
     ], [4, 1], [232, 32])
 
 
@@ -283,6 +338,7 @@ def straight_kernel(
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns. Float32 accumulators.
     """
     ring = open_ring(1, True)
+    follow()
     walk = walk_tiles(tiles_ptr, tile_count_ptr, N8 * 8, K8 * 8)
     gl.warp_specialize([
         (consume_y, (out_ptr, N8, walk[3], ring, False, LATE, 0)),
@@ -337,8 +393,9 @@ def up_gather(
     operands = up_operands(x_TD, R, gate_up_E2FD, plan, hidden_RF, 128)
     if R > 0:
         plan.count_once("up")
-        up_gather_kernel[(programs,)](x_TD, token_of_row_R, plan.claimed_up, *operands,
-                                     LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS), **LAUNCH)
+        plan.count_parts(programs)
+        up_gather_kernel[(programs,)](x_TD, token_of_row_R, plan.claimed_up, *operands, plan.done_up,
+                                     LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS), **FOLLOW)
 
 
 def up_rows(
@@ -354,22 +411,28 @@ def up_rows(
     if R > 0:
         plan.count_once("up")
         up_rows_kernel[(programs,)](describe(rows_RD, ROWS), plan.claimed_up, *operands,
-                                   LATE=finishes_late(rows_RD.shape[1], HIDDEN_PARTS), **LAUNCH)
+                                   LATE=finishes_late(rows_RD.shape[1], HIDDEN_PARTS), **FOLLOW)
 
 
 def down(
-    hidden_RF: torch.Tensor, down_EDF: torch.Tensor, plan: TilePlan, y_RD: torch.Tensor, programs: int
+    hidden_RF: torch.Tensor, down_EDF: torch.Tensor, plan: TilePlan, y_RD: torch.Tensor, programs: int,
+    early: bool = False,
 ) -> None:
     """y_RD = hidden_RF through their experts' down_EDF.
+
+    early: begin while up_gather, launched just before on the same stream with the same plan and programs, is at its
+    last tiles; y_RD then must be older than up_gather's launch, so that nothing before reads or writes there.
 
     All bf16 and contiguous; a plan in tiles of 128 rows that no other down projection has used; programs: the GPU's
     SMs. Raises ValueError for other shapes, dtypes or plans, and unless D and F are multiples of 8.
     """
     if hidden_RF.shape[0] > 0:  # TMA describes no empty matrix
         operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
+        if early:
+            plan.require_parts(programs)
         plan.count_once("down")
-        down_kernel[(programs,)](plan.claimed_down, *operands, LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS),
-                                **LAUNCH)
+        down_kernel[(programs,)](plan.claimed_down, *operands, plan.done_up, EARLY=early,
+                                LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS), **FOLLOW)
 
 
 def straight(
@@ -389,4 +452,4 @@ def straight(
         plan.count_once("down")
         weights = TensorDescriptor.from_tensor(weights_EKN, [1, BLOCK_K, BLOCK_N], _SWIZZLED_3D.value)
         straight_kernel[(programs,)](plan.claimed_down, describe(rows_RK, ROWS), weights, out_RN, plan.tiles_X5,
-                                     plan.tile_count, N // 8, K // 8, LATE=finishes_late(K, ROUNDED_PARTS), **LAUNCH)
+                                     plan.tile_count, N // 8, K // 8, LATE=finishes_late(K, ROUNDED_PARTS), **FOLLOW)

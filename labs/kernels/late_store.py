@@ -13,7 +13,7 @@ How    64x256 in float32 are 128 registers a thread, and 64 more is what there i
        1 and 2; the other half is finished at once.
        A part comes after its step's wgmma has started, as before it its stores would hold the wgmma back. Step 0 has
        none: the registers of the tile before are being moved there.
-       The last tile, and the last before a band ends, are stored with nothing beside them.
+       The last tile, and the last of a band or of up's first part, are stored with nothing beside them.
 Costs  64 registers a consumer's thread, and a longer kernel to compile. Inner dimensions of a few K steps only have no
        room for it (`finishes_late`).
 
@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from labs.kernels.roles import (
     BLOCK_K,
-    _BANDS,
     _BLOCK_N,
     _ROWS,
+    leave,
     listen,
     multiply,
     pass_on,
@@ -74,7 +74,7 @@ def finish_parts(PARTS: gl.constexpr, finish_part: gl.constexpr, store: gl.const
 @gluon.jit
 def consume_late(out_ptr, width8, k_steps, ring, nothing: gl.constexpr, keep: gl.constexpr, PARTS: gl.constexpr,
                  finish_part: gl.constexpr, store: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr,
-                 leave: gl.constexpr = None, stored=None):
+                 stored=None):
     """roles.py's consume, a tile or half of it late; k_steps more than PARTS.
 
     nothing(): the parts that wait before the first tile. keep(out_ptr, width8, acc, row, column, end, store): finish
@@ -84,16 +84,13 @@ def consume_late(out_ptr, width8, k_steps, ring, nothing: gl.constexpr, keep: gl
     """
     stage = 0
     phase = 0
-    left = 0
     waiting = nothing(), 0, 0, 0  # parts; row, column and end of their tile
-    row, used, column, band = listen(ring, stage, phase)
+    row, used, column, left = listen(ring, stage, phase)
     while used > 0:
-        if leave is not None:
-            if band > left:
-                finish_parts(PARTS, finish_part, store, (out_ptr, width8, waiting))
-                waiting = waiting[0], waiting[1], waiting[2], 0
-                leave(stored, left, band)
-            left = band
+        if stored is not None and left > 0:
+            finish_parts(PARTS, finish_part, store, (out_ptr, width8, waiting))
+            waiting = waiting[0], waiting[1], waiting[2], 0
+            leave(stored)
         whole = used > _ROWS
         if whole | (column % 2 == WG):
             acc, stage, phase = multiply(ring, stage, phase, k_steps, WG, GATHERED, PARTS, finish_part, store,
@@ -103,10 +100,10 @@ def consume_late(out_ptr, width8, k_steps, ring, nothing: gl.constexpr, keep: gl
             waiting = keep(out_ptr, width8, acc, first, column, end, store), first, column, end
         else:
             stage, phase = pass_on(ring, stage, phase, k_steps)
-        row, used, column, band = listen(ring, stage, phase)
+        row, used, column, left = listen(ring, stage, phase)
     finish_parts(PARTS, finish_part, store, (out_ptr, width8, waiting))
-    if leave is not None:
-        leave(stored, left, _BANDS)
+    if stored is not None:
+        leave(stored)
 
 
 # ------------------------------------------------------------------------------------------- tiles that wait rounded

@@ -115,7 +115,7 @@ def experts(
         tall_gemm.tall_down(hidden_RF, down_EDF, plan, y_RD, programs)
     elif kernels in IN_TILES:
         plan = up_in_tiles(x, token_of_row_R, offsets_E1, gate_up_E2FD, hidden_RF, kernels, group)
-        grouped_gemm.down(hidden_RF, down_EDF, plan, y_RD, programs)
+        grouped_gemm.down(hidden_RF, down_EDF, plan, y_RD, programs, early=kernels == "gather")
     else:
         raise ValueError(f"kernels={kernels!r}: choose few_rows, gather, ahead, spread, tall or pipelined")
     return y_RD
@@ -137,9 +137,11 @@ def experts_combined(
     if kernels not in IN_TILES or not down_combine.pays(token_of_row_R.numel(), D, E, row_of_slot_TK.shape[1]):
         y_RD = experts(x, token_of_row_R, offsets_E1, work_W4, gate_up_E2FD, down_EDF, kernels, group, tile)
         return combining.combine(y_RD, row_of_slot_TK, scores_TK)
-    hidden_RF = x.new_empty(token_of_row_R.numel(), down_EDF.shape[2])
+    (T, _), R = row_of_slot_TK.shape, token_of_row_R.numel()
+    hidden_RF, y_RD, out_TD = x.new_empty(R, down_EDF.shape[2]), x.new_empty(R, D), x.new_empty(T, D)
     plan = up_in_tiles(x, token_of_row_R, offsets_E1, gate_up_E2FD, hidden_RF, kernels, group)
-    return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_slot_TK, scores_TK, sm_count(x.device))
+    return down_combine.down_combine(hidden_RF, down_EDF, plan, row_of_slot_TK, scores_TK, y_RD, out_TD,
+                                     sm_count(x.device), early=kernels == "gather")
 
 
 @experts_combined.operator.register_fake

@@ -39,11 +39,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # A tensor's suffix is its shape: x_TD is (T, D). In kernels M, N and K are the GEMM tile's axes.
 # Gluon's API as used here and in its neighbours is the same in Triton 3.6 and 3.7.1 but for two things: 3.6 passes a
-# function through warp_specialize only as a constexpr, so a kernel says `leave: gl.constexpr = leave_bands` first;
+# function through warp_specialize only as a constexpr, so up_ahead.py says `begin_tile: gl.constexpr = ...` first;
 # and what waits for a role's other threads has another name.
 
 BLOCK_N = 256  # weight rows of a tile: the widest wgmma, so the fewest reads of shared memory
@@ -59,6 +60,7 @@ _STAGES = gl.constexpr(4)
 _WARPGROUPS = gl.constexpr(2)
 _TILE_ROWS = gl.constexpr(2 * ROWS)
 _BANDS = gl.constexpr(BANDS)
+_LAST_TILES = gl.constexpr(3)  # a program, of the last part of a walk
 _LEAD = gl.constexpr(8)  # K steps before a tile's end at which the next one is claimed: its look-up takes some of them
 _ROW_BYTES = gl.constexpr(ROWS * BLOCK_K * 2)
 _WEIGHT_BYTES = gl.constexpr(BLOCK_N * BLOCK_K * 2)
@@ -186,6 +188,61 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
+# --------------------------------------------------------------------------------------------- who waits for whom
+@gluon.jit
+def follow():
+    """Wait until the kernel before has ended and all may see what it wrote; then let programs of the one after begin
+    on SMs that are free, up to where they wait in turn."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@gluon.jit
+def leaving(band, tiles):
+    """A band and how many output tiles of it a program had, in one number that is 0 only for none of the first."""
+    return tiles * _BANDS + band
+
+
+@gluon.jit
+def leave(stored):
+    """A consumer has stored its share of the band that the program leaves."""
+    sync_threads()  # one thread arrives, for all that have stored
+    mbarrier.arrive(stored.index(0))
+
+
+@gluon.jit
+def announce(done_ptr, left, stored, phase):
+    """The producer, once it has told the consumers what the program leaves: when they have stored it, tell all
+    programs."""
+    mbarrier.wait(stored.index(0), phase)
+    gl.atomic_add(done_ptr + left % _BANDS, left // _BANDS, sem="release", scope="gpu")
+
+
+@gluon.jit
+def wait_for(done_ptr, tiles):
+    """Return once so many output tiles are stored; what was stored is to be seen then. The programs that run claim them
+    all, so this waits for none that has not begun."""
+    while gl.atomic_add(done_ptr, 0, sem="acquire", scope="gpu") < tiles:
+        gl.inline_asm_elementwise("nanosleep.u32 200; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def fence_async_global(WARPS: gl.constexpr):
+    """Between stores of this thread, or of those it has waited for, and reads of the same memory by TMA, which is
+    another proxy: PTX's fence.proxy.async, once a thread. The reader needs it, after it has waited; the writer's is
+    for safety."""
+    threads = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    gl.inline_asm_elementwise("fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [threads], dtype=gl.int32,
+                              is_pure=False, pack=1)
+
+
+@gluon.jit
+def first_part(total):
+    """How many output tiles are the first part: all but the last three a program. They are all stored a tile or so
+    before the first program has nothing left to do."""
+    return gl.maximum(total - _LAST_TILES * gl.num_programs(0), 0)
+
+
 # ------------------------------------------------------------------------------------------------- shared memory
 @gluon.jit
 def open_stages(STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, STRAIGHT: gl.constexpr = False):
@@ -219,12 +276,13 @@ def open_ring(FULL_ARRIVALS: gl.constexpr, STRAIGHT: gl.constexpr = False):
 
 
 @gluon.jit
-def tell(ring, stage, phase, row, used, column, band, WARPS: gl.constexpr):
-    """Wait until the stage is free, then say what tile starts there: first row, rows in use, column tile, band."""
+def tell(ring, stage, phase, row, used, column, left, WARPS: gl.constexpr):
+    """Wait until the stage is free, then say what tile starts there: first row, rows in use, column tile; and, if it is
+    the program's first of a band, what the program leaves (`leaving`), else 0."""
     _rows, _weights, told, _full, empty = ring
     mbarrier.wait(empty.index(stage), phase ^ 1)
     i = gl.arange(0, 4, layout=gl.BlockedLayout([4], [32], [WARPS], [0]))
-    fields = gl.where(i == 0, row, gl.where(i == 1, used, gl.where(i == 2, column, band)))
+    fields = gl.where(i == 0, row, gl.where(i == 1, used, gl.where(i == 2, column, left)))
     told.index(stage).store(fields)
 
 
@@ -293,20 +351,22 @@ def load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 
 
 
 @gluon.jit
-def tell_end(ring, stage, phase, WARPS: gl.constexpr):
-    """No more tiles."""
+def tell_end(ring, stage, phase, left, WARPS: gl.constexpr):
+    """No more tiles; `left` as in `tell`."""
     _rows, _weights, _told, full, _empty = ring
-    tell(ring, stage, phase, 0, 0, 0, 0, WARPS)
+    tell(ring, stage, phase, 0, 0, 0, left, WARPS)
     mbarrier.arrive(full.index(stage))
 
 
 @gluon.jit
 def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows, ring,
-                 load_more: gl.constexpr = None, more=None, begin_tile: gl.constexpr = None, counters=None):
+                 load_more: gl.constexpr = None, more=None, begin_tile: gl.constexpr = None, counters=None,
+                 done_ptr=None, stored=None):
     """One warp fills the ring by TMA, band by band (edge_of). weight_rows: of an expert.
 
     load_more(more, row, used, column, stage, phase, ring, False), if given, fills further stages after a tile's last;
-    begin_tile(counters, row_tile, used), if given, comes before its first.
+    begin_tile(counters, row_tile, used, end of its group), if given, comes before its first.
+    done_ptr, if given: band -> output tiles of it that are stored (`announce`).
     """
     tiles_ptr, total, _, k_steps = walk
     claim_at, group_at, tile_at, _ = look_up_at(k_steps)
@@ -315,18 +375,24 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
     claimed = claim(claimed_ptr, 1)
     tile, width, first_column, band = find_band(walk, edges, claimed)
     expert, row, used, column, row_tile = find_tile(tiles_ptr, tile, width)
+    if begin_tile is not None:
+        group_end = gl.load(tiles_ptr + row_tile * _FIELDS + 3) + gl.load(tiles_ptr + row_tile * _FIELDS + 4)
     used = gl.where(claimed < total, used, 0)
     column += first_column
+    left = 0
+    leaves = 0
+    tiles = 0
     while used > 0:
         if begin_tile is not None:
-            begin_tile(counters, row_tile, used)
-        tell(ring, stage, phase, row, used, column, band, 1)
+            begin_tile(counters, row_tile, used, group_end)
+        tell(ring, stage, phase, row, used, column, left, 1)
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 0, claim_at, stage,
                                   phase, ring)
         asked = ask_claim(claimed_ptr, 1)
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, claim_at, group_at,
                                   stage, phase, ring)
         claimed = claimed_tile(asked)
+        before = band + 0  # not `= band`: Triton drops a loop-carried name that starts as another's alias
         tile, width, first_column, band = find_band(walk, edges, claimed)
         group = ask_entry(tiles_ptr, tile // width, 1)
         stage, phase = load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, group_at, tile_at,
@@ -340,11 +406,24 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
                                   stage, phase, ring)
         if load_more is not None:
             stage, phase = load_more(more, row, used, column, stage, phase, ring, False)
+        if done_ptr is not None:
+            if left > 0:
+                announce(done_ptr, left, stored, leaves)
+                leaves ^= 1
+                tiles = 0
+            tiles += 1
+            left = gl.where(band == before, 0, leaving(before, tiles))
         expert = field(entry, 0)
         row = field(entry, 1)
         used = gl.where(claimed < total, field(entry, 2), 0)
         column = first_column + local // size
-    tell_end(ring, stage, phase, 1)
+        if begin_tile is not None:
+            group_end = first_row_tile + size
+    if done_ptr is not None:
+        left = gl.where(left == 0, leaving(band, tiles), left)
+    tell_end(ring, stage, phase, left, 1)
+    if done_ptr is not None:
+        announce(done_ptr, left, stored, leaves)
 
 
 # ----------------------------------------------------------------------------------------------------- consumers
@@ -433,30 +512,24 @@ def multiply_share(out_ptr, width, row, used, column, k_steps, stage, phase, rin
 
 @gluon.jit
 def consume(out_ptr, width8, k_steps, ring, finish: gl.constexpr, WG: gl.constexpr, GATHERED: gl.constexpr,
-            MORE_STAGES: gl.constexpr = 0, leave: gl.constexpr = None, stored=None):
-    """Warpgroup WG's share of every tile of this program.
-
-    leave(stored, first, end), if given, is called once this warpgroup has stored its share of the bands from `first` to
-    before `end` and gets no more of them.
-    """
+            MORE_STAGES: gl.constexpr = 0, stored=None):
+    """Warpgroup WG's share of every tile of this program. stored, if given: a barrier for `leave`."""
     stage = 0
     phase = 0
-    left = 0
-    row, used, column, band = listen(ring, stage, phase)
+    row, used, column, left = listen(ring, stage, phase)
     while used > 0:
-        if leave is not None:
-            if band > left:
-                leave(stored, left, band)
-            left = band
+        if stored is not None and left > 0:
+            leave(stored)
         stage, phase = multiply_share(out_ptr, width8 * 8, row, used, column, k_steps, stage, phase, ring, finish, WG,
                                       GATHERED, MORE_STAGES)
-        row, used, column, band = listen(ring, stage, phase)
-    if leave is not None:
-        leave(stored, left, _BANDS)
+        row, used, column, left = listen(ring, stage, phase)
+    if stored is not None:
+        leave(stored)
 
 
 # -------------------------------------------------------------------------------------------------------- launch
 LAUNCH = {"num_warps": 4, "maxnreg": 168}  # 12 warps in all: 65536 registers / 384 threads, in steps of 8
+FOLLOW = {**LAUNCH, "launch_pdl": True}  # of kernels that wait by themselves for the one before (`follow`)
 
 
 def describe(matrix: torch.Tensor, block_rows: int) -> TensorDescriptor:

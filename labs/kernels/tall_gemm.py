@@ -50,10 +50,11 @@ from labs.kernels.roles import (
     _ROWS,
     _STAGES,
     _WEIGHT_BYTES,
-    LAUNCH,
+    FOLLOW,
     describe,
     find_tile,
     find_tile_ahead,
+    follow,
     load_weight_rows,
     next_stage,
     open_barriers,
@@ -204,8 +205,10 @@ def tall_up_rows_kernel(
     Grid (SMs,): a program owns every grid-th tile of 192 rows by 128 hidden columns. Float32 accumulators.
     """
     finish: gl.constexpr = store_hidden_dealt if len(gate_up_desc.block_type.shape) == 5 else store_hidden
+    ring = open_ring()
+    follow()
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
-    specialize(rows_desc, gate_up_desc, hidden_ptr, F8, walk, F8 * 16, open_ring(), finish)
+    specialize(rows_desc, gate_up_desc, hidden_ptr, F8, walk, F8 * 16, ring, finish)
 
 
 @gluon.jit(do_not_specialize=["D8", "F8"])
@@ -223,8 +226,10 @@ def tall_down_kernel(
     Grid (SMs,): a program owns every grid-th tile of 192 rows by 256 columns. Float32 accumulators.
     """
     finish: gl.constexpr = store_y_dealt if len(down_desc.block_type.shape) == 5 else store_y
+    ring = open_ring()
+    follow()
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D8 * 8, F8 * 8)
-    specialize(hidden_desc, down_desc, y_ptr, D8, walk, D8 * 8, open_ring(), finish)
+    specialize(hidden_desc, down_desc, y_ptr, D8, walk, D8 * 8, ring, finish)
 
 
 def check_depth(name: str, size: int) -> None:
@@ -240,7 +245,7 @@ def tall_up_rows(
     operands = up_operands(rows_RD, rows_RD.shape[0], gate_up_E2FD, plan, hidden_RF, TILE_ROWS)
     check_depth("D", gate_up_E2FD.shape[2])
     if rows_RD.shape[0] > 0:
-        tall_up_rows_kernel[(programs,)](describe(rows_RD, ROWS), *operands, **LAUNCH)
+        tall_up_rows_kernel[(programs,)](describe(rows_RD, ROWS), *operands, **FOLLOW)
 
 
 def tall_down(
@@ -250,4 +255,4 @@ def tall_down(
     operands = down_operands(hidden_RF, down_EDF, plan, y_RD, TILE_ROWS)
     check_depth("F", down_EDF.shape[2])
     if hidden_RF.shape[0] > 0:
-        tall_down_kernel[(programs,)](*operands, **LAUNCH)
+        tall_down_kernel[(programs,)](*operands, **FOLLOW)

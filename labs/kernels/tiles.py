@@ -8,7 +8,8 @@
     claimed_down    (1,)      the same of the down projection; zero
     ready_X         (X,)      row tile -> its units that up_ahead.py has gathered; zeros up to the count
     begun           (1,)      output tiles that up_ahead.py has begun; zero
-    done_B          (4,)      band of columns -> programs that are through with it; zeros, for down_combine.py to count
+    done_B          (4,)      band of columns -> output tiles of down that are stored; zeros
+    done_up         (2,)      output tiles of up's first part that are stored, and of the rest (roles.py); zeros
 
 A group is as many of an expert's row tiles as walk through its weights together, so that they share them in L2.
 """
@@ -22,6 +23,9 @@ import torch
 import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from labs.kernels.launch import early_launch, launch_options
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # A tensor's suffix is its shape: x_TD is (T, D).
@@ -43,17 +47,22 @@ def plan_tiles_kernel(
     ready_ptr,  # (X,) int32
     begun_ptr,  # (1,) int32
     done_ptr,  # (BANDS,) int32
+    done_up_ptr,  # (2,) int32
     E,
     BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
     BANDS: tl.constexpr,
     E_POW2: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write the table of row tiles, BLOCKS * 64 rows each, how many there are, and zeros to all counters.
 
     Grid (E,): program e owns the entries of expert e. A group is as many of an expert's row tiles as share weights
     in L2: its tiles in equal parts of at most GROUP.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     expert = tl.program_id(0)
     e = tl.arange(0, E_POW2)
     row_start = tl.load(offsets_ptr + e, mask=e < E, other=0)
@@ -67,6 +76,7 @@ def plan_tiles_kernel(
         tl.store(claimed_down_ptr, 0)
         tl.store(begun_ptr, 0)
         tl.store(done_ptr + tl.arange(0, BANDS), tl.zeros([BANDS], tl.int32))
+        tl.store(done_up_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
         if first + count == 0:  # the GEMMs look at the first entry even when there is nothing to do
             field = tl.arange(0, 8)
             tl.store(tiles_ptr + field, (field == 4).to(tl.int32), mask=field < 5)
@@ -96,11 +106,15 @@ def spread_rows_kernel(
     D,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """rows[row_of_slot[t, k]] = x[t]: a token is read once and written TOP_K times.
 
     Grid (T, cdiv(D, BLOCK_D)): a program owns BLOCK_D columns of one token.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)  # R * D passes 2**31 at real sizes
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < D
@@ -125,6 +139,7 @@ class TilePlan(NamedTuple):
     ready_X: torch.Tensor
     begun: torch.Tensor
     done_B: torch.Tensor
+    done_up: torch.Tensor
     counted: list[str]
 
     def count_once(self, projection: str) -> None:
@@ -132,6 +147,15 @@ class TilePlan(NamedTuple):
         if projection in self.counted:
             raise ValueError(f"the plan served one {projection} projection already: make a plan for each call")
         self.counted.append(projection)
+
+    def count_parts(self, programs: int) -> None:
+        """Note that an up projection by so many programs counts the output tiles of its parts."""
+        self.counted.append(f"parts by {programs} programs")
+
+    def require_parts(self, programs: int) -> None:
+        """Raise ValueError unless it does: down would wait for good for what nobody counts."""
+        if f"parts by {programs} programs" not in self.counted:
+            raise ValueError(f"early=True, but this plan served no up_gather by {programs} programs: {self.counted}")
 
 
 def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -180,10 +204,11 @@ def plan_tiles(offsets_E1: torch.Tensor, R: int, tile_rows: int = 128, group: in
     if tile_rows < ROWS or tile_rows % ROWS or group < 1:
         raise ValueError(f"tile_rows={tile_rows} group={group}: need a positive multiple of {ROWS}, and at least 1")
     tiles_X5 = offsets_E1.new_empty(triton.cdiv(R, tile_rows) + E, FIELDS)
-    tile_count, *counters = (offsets_E1.new_empty(n) for n in (1, 1, 1, tiles_X5.shape[0], 1, BANDS))
+    tile_count, *counters = (offsets_E1.new_empty(n) for n in (1, 1, 1, tiles_X5.shape[0], 1, BANDS, 2))
     plan_tiles_kernel[(E,)](
         offsets_E1, tiles_X5, tile_count, *counters, E,
-        BLOCKS=tile_rows // ROWS, GROUP=group, BANDS=BANDS, E_POW2=triton.next_power_of_2(E), num_warps=4,
+        BLOCKS=tile_rows // ROWS, GROUP=group, BANDS=BANDS, E_POW2=triton.next_power_of_2(E),
+        PDL=early_launch(offsets_E1.device), num_warps=4, **launch_options(offsets_E1.device),
     )
     return TilePlan(tiles_X5, tile_count, tile_rows, *counters, counted=[])
 
@@ -200,4 +225,5 @@ def spread_rows(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, rows_RD: torch
     if T > 0:
         block_D = min(1024, triton.next_power_of_2(D))
         grid = (T, triton.cdiv(D, block_D))
-        spread_rows_kernel[grid](x_TD, row_of_slot_TK, rows_RD, D, TOP_K=K, BLOCK_D=block_D, num_warps=4)
+        spread_rows_kernel[grid](x_TD, row_of_slot_TK, rows_RD, D, TOP_K=K, BLOCK_D=block_D,
+                                 PDL=early_launch(x_TD.device), num_warps=4, **launch_options(x_TD.device))

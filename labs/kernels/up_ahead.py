@@ -33,9 +33,11 @@ import torch
 from labs.kernels.grouped_gemm import consume_hidden, up_operands
 from labs.kernels.late_store import HIDDEN_PARTS, finishes_late
 from labs.kernels.roles import (
-    LAUNCH,
+    FOLLOW,
     _FIELDS,
     describe,
+    fence_async_global,
+    follow,
     one_band,
     open_ring,
     produce_rows,
@@ -57,16 +59,6 @@ _COLUMNS = gl.constexpr(512)  # of them at a time: 16 bytes a thread and row
 _COPIES = gl.constexpr(4)  # stages of the gatherer's ring, 8 KB each
 _UNIT_LAYOUT = gl.constexpr(gl.BlockedLayout([8, 8], [1, 32], [1, 2], [1, 0]))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-
-
-@gluon.jit
-def fence_async_global(WARPS: gl.constexpr):
-    """Between stores of this thread, or of those it has waited for, and reads of the same memory by TMA, which is
-    another proxy: PTX's fence.proxy.async, once a thread. The reader needs it, after it has waited; the writer's is
-    for safety."""
-    threads = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    gl.inline_asm_elementwise("fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [threads], dtype=gl.int32,
-                              is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -126,7 +118,7 @@ def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, cop
 
 
 @gluon.jit
-def wait_for_rows(counters, row_tile, used):
+def wait_for_rows(counters, row_tile, used, _group_end):
     """Before a tile's first step: return when its rows are gathered, and say that it is begun."""
     ready_ptr, begun_ptr = counters
     while gl.atomic_add(ready_ptr + row_tile, 0, sem="acquire", scope="gpu") < gl.cdiv(used, _UNIT):
@@ -162,6 +154,7 @@ def up_ahead_kernel(
     ring = open_ring(1)
     copies = gl.allocate_shared_memory(gl.bfloat16, [_COPIES, _UNIT, _COLUMNS], _FLAT)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
+    follow()
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D)
     gl.warp_specialize([
         (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, False)),
@@ -190,4 +183,4 @@ def up_ahead(
         rows_RD = x_TD.new_empty(R, x_TD.shape[1])
         up_ahead_kernel[(programs,)](x_TD, token_of_row_R, describe(rows_RD, ROWS), rows_RD, plan.ready_X, plan.begun,
                                      plan.claimed_up, *operands, LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS),
-                                     launch_cooperative_grid=True, **LAUNCH)
+                                     launch_cooperative_grid=True, **FOLLOW)
