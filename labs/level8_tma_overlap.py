@@ -24,6 +24,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +37,7 @@ from common.model import Weights
 from common.rounded import Rounding
 from labs.kernels import ops
 from labs.kernels.choice import Choice, Chooser
+from labs.kernels.launch import compile_together
 from labs.kernels.rounding import Plan, Rounded, combine_rounded, describe, plan_rounding, round_tokens
 from labs.kernels.routing import MOST_EXPERTS, Routing, new_arrivals, scores_sum_to_one
 from labs.kernels.tiles import interleave_gate_up
@@ -274,7 +276,10 @@ def build(
         planned = plan(x_TD.shape[0])  # warns where rounding would change too much, and is then exact
         choice = choose(planned.capacity, lambda tried: layer(x_TD, packed, cfg, arrivals_A, tried))
         if planned.mode == "exact":
-            return layer(x_TD, packed, cfg, arrivals_A, choice), None
+            run = partial(layer, x_TD, packed, cfg, arrivals_A, choice)
+            if x_TD.is_cuda and not torch.cuda.is_current_stream_capturing():
+                compile_together(run)
+            return run(), None
         return layer_rounded(x_TD, packed, cfg, planned, choice)
 
     return ChosenReplay(forward, weights, plan, lambda T: str(choose(plan(T).capacity)))

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -25,6 +26,7 @@ from labs.kernels import down_combine, ops
 from labs.kernels.backward_loop import tile_for
 from labs.kernels.choice import Choice, Chooser
 from labs.kernels.combine import combine
+from labs.kernels.launch import compile_together, launch
 from labs.kernels.plain_gemm import TILES
 from labs.kernels.rounding import describe, plan_rounding
 from labs.kernels.routing import new_arrivals
@@ -149,9 +151,11 @@ BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize(("name", "T", "expected"), [
-    ("qwen3-30b-a3b", 64, "few_rows"), ("mixtral-8x7b", 256, "few_rows"), ("qwen3-30b-a3b", 16384, "gather 128x256"),
+    ("qwen3-30b-a3b", 64, "few_rows"), ("qwen3-30b-a3b", 512, "gather 128x256"), ("mixtral-8x7b", 64, "few_rows"),
+    ("mixtral-8x7b", 256, "gather 128x256"), ("mixtral-8x7b", 512, "tall 192x256"), ("seed", 200, "few_rows"),
+    ("qwen3-30b-a3b", 16384, "gather 128x256"), ("deepseek-v3", 5632, "gather 128x256"),
     ("olmoe-1b-7b", 16384, "gather 128x256"), ("sonic-7b", 131072, "gather 128x256"),
-    ("mixtral-8x7b", 8192, "ahead 128x256"), ("deepseek-v3", 4096, "tall 192x256"),
+    ("mixtral-8x7b", 8192, "ahead 128x256"), ("deepseek-v3", 4096, "gather 128x256"),
     ("deepseek-v3", 16384, "ahead 128x256"), ("sonic-30b", 32768, "gather 128x256"),
 ])
 def test_the_table_for_hopper(name, T, expected):
@@ -282,6 +286,34 @@ def test_a_real_search(device, monkeypatch, tmp_path, capsys):
     assert found.ok, found.reason
     assert "autotune 1 of" in capsys.readouterr().err
     assert len(json.loads(choosing.cache_path().read_text())) == 1
+
+
+def test_kernels_are_compiled_together_and_not_launched():
+    """Each in a thread of its own: both have to be at it at once for either to end."""
+    from triton.runtime._async_compile import active_mode  # after common.level
+
+    both, seen = threading.Barrier(2), []
+
+    class Kernel:
+        def warmup(self, *arguments, grid, **options):
+            active_mode.get().submit((arguments, grid), lambda: both.wait(timeout=30),
+                                     lambda _: seen.append((arguments, grid, options)))
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: seen.append("launched")
+
+    def call():
+        launch(Kernel(), (1, 2), "x", num_warps=4)
+        launch(Kernel(), (3,), "y")
+
+    compile_together(call)
+    assert sorted(seen, key=str) == [(("x",), (1, 2), {"num_warps": 4}), (("y",), (3,), {})]
+    call()
+    assert seen[2:] == ["launched", "launched"]
+    with pytest.raises(ZeroDivisionError):
+        compile_together(lambda: 1 // 0)
+    call()
+    assert seen[4:] == ["launched", "launched"], "a failure leaves launches as they were"
 
 
 FIRST_CALL = """

@@ -5,12 +5,14 @@
     gather      grouped_gemm.py: 128-row tiles, rows gathered as they load sm_90, bfloat16
     ahead       up_ahead.py: rows gathered by spare warps, all by TMA      sm_90, bfloat16
     spread      grouped_gemm.py: rows gathered before, then all by TMA     sm_90, bfloat16, by a search only
-    tall        tall_gemm.py: the same in tiles of 192 rows                sm_90, bfloat16, D and F over 192
+    tall        tall_gemm.py: the same in tiles of 192 rows                sm_90, bfloat16, D over 192, wide F
     pipelined   plain_gemm.py: cp.async ahead of the multiply, no roles    sm_80, 86, 89, 120; float16 on sm_90
 
 How the table for sm_90 was found: the kernels timed beside each other on six presets, on an H200 (labs/LOG.md).
 Gathering ahead moves some 2 * R * D values and the up projection takes 4 * R * D * F operations, so it pays from some F
-on. A tall tile pays where an expert's rows fit it whole, so that each weight is read once.
+on, where rows are many. A tall tile pays where few, wide experts have more rows than one tile of 128 holds, and fewer
+than one of 192: each weight is read once. Weights on wgmma's tall side pay for fewer rows yet, and for layers too small
+to give all SMs a tile of 128 by 256.
 
 Whether to search is MOE_AUTOTUNE: `off` takes the table; `cached`, the default, takes what a search found on this kind
 of GPU before, else the table; `search` searches what is not cached. At most one search a shape class, a minute each.
@@ -36,10 +38,12 @@ from labs.kernels.tall_gemm import PREFETCHED
 
 # D model width, F expert width, E experts, R = T*K routed rows.
 
-FEW_ROWS = 66  # mean rows an expert up to which the weights' bytes take longer than the arithmetic
+FEW_ROWS = 24  # mean rows an expert up to which few_rows is no slower than gather
+FEW_ROWS_ALONE = 66  # the same where there is no gather, or not enough of its tiles
+LEAST_WIDTH = 2**15  # E * D from which down has a column tile for about each SM
 MOST_FEW_ROWS = 128  # beyond which a search does not try few_rows; rounding starts here, and has no work list
-TALL_ROWS = 176  # mean rows an expert up to which most experts fit one tile of 192
-AHEAD_WIDTH = 2048  # F from which gathering ahead pays
+TALL_ROWS, TALL_WIDTH = range(112, 160), 4096  # mean rows an expert, and F from which a tile of 192 rows pays
+AHEAD_ROWS, AHEAD_WIDTH = 256, 2048  # mean rows an expert and F from which gathering ahead pays
 GROUPS = (8, 32)  # row tiles that walk through their expert's weights together
 INTERPRETED = PlainTile(64, 64, 32, warps=4, stages=2, tma=False)
 SMALL_PIPELINED = PlainTile(64, 128, 64, warps=4, stages=3, tma=False)  # 72 of 99 KB: fits every GPU of the table
@@ -83,16 +87,16 @@ def from_table(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int) -> C
     """The kernels for R rows, by their mean an expert: never by the counts, which stay on the device."""
     mean = R / E
     if sm == 0:
-        return Choice("few_rows") if mean <= FEW_ROWS else Choice("pipelined", tile=INTERPRETED)
+        return Choice("few_rows") if mean <= FEW_ROWS_ALONE else Choice("pipelined", tile=INTERPRETED)
     if sm != 90:
         return Choice("pipelined", tile=TILES[sm] if mean > 64 else SMALL_PIPELINED)
-    if mean <= FEW_ROWS:
+    if mean <= (FEW_ROWS if dtype == torch.bfloat16 and E * D >= LEAST_WIDTH else FEW_ROWS_ALONE):
         return Choice("few_rows")
     if dtype != torch.bfloat16:
         return Choice("pipelined", tile=TILES[90])
-    if mean <= TALL_ROWS and min(D, F) > PREFETCHED:
+    if int(mean) in TALL_ROWS and F >= TALL_WIDTH and D > PREFETCHED:
         return Choice("tall", group=16)
-    return Choice("ahead" if F >= AHEAD_WIDTH else "gather")
+    return Choice("ahead" if F >= AHEAD_WIDTH and mean >= AHEAD_ROWS else "gather")
 
 
 def candidates(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int, shared_bytes: int) -> list[Choice]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.launch import early_launch, launch_options, require, require_width
+from labs.kernels.launch import early_launch, launch, launch_options, require, require_width
 
 import triton  # after common.level, which launch imports: it picks Triton's interpreter where there is no GPU
 import triton.language as tl
@@ -78,7 +78,7 @@ def combine(
     require("out_TD", out_TD, (T, D), y_RD.dtype, device)
     if T > 0:
         block_D = columns_for(T, D - first_column)
-        combine_kernel[(T, triton.cdiv(D - first_column, block_D))](
+        launch(combine_kernel, (T, triton.cdiv(D - first_column, block_D)),
             y_RD, row_of_slot_TK, scores_TK, out_TD, D, first_column, TOP_K=K, BLOCK_D=block_D,
             PDL=early_launch(device), num_warps=2 if block_D == 512 and T >= 512 else 4, **launch_options(device))
     return out_TD

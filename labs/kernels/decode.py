@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 
 from labs.kernels.launch import (
-    SHARED_BYTES, early_launch, launch_options, require, require_dtype, require_width, sm_count,
+    SHARED_BYTES, early_launch, launch, launch_options, require, require_dtype, require_width, sm_count,
 )
 from labs.kernels.routing import work_entries
 
@@ -253,7 +253,7 @@ def up_swiglu(
         tiling = tiles.up
         box = [tiling.strip // 4, 8, tiling.depth]
         gate_up_desc = TensorDescriptor.from_tensor(gate_up_E2FD.view(E * F // 4, 8, D), box)
-        up_swiglu_kernel[(programs(tiling, W - 1, F, sm_count(device)),)](
+        launch(up_swiglu_kernel, (programs(tiling, W - 1, F, sm_count(device)),),
             x_TD, gate_up_desc, token_of_row_R, work_W4, hidden_RF, W, D, F, ROWS=tiles.rows, TAIL=tiles.tail,
             BLOCK_F=tiling.strip, BLOCK_D=tiling.depth, STAGES=tiling.stages, PDL=early_launch(device),
             num_warps=tiling.warps, **launch_options(device))
@@ -280,7 +280,7 @@ def down(
     y_RD = torch.empty(R, D, dtype=hidden_RF.dtype, device=device)
     if R > 0:
         tiling = tiles.down
-        down_kernel[(programs(tiling, W - 1, D, sm_count(device)),)](
+        launch(down_kernel, (programs(tiling, W - 1, D, sm_count(device)),),
             TensorDescriptor.from_tensor(hidden_RF, [tiles.rows, tiling.depth]),
             TensorDescriptor.from_tensor(hidden_RF, [tiles.tail or tiles.rows, tiling.depth]),
             TensorDescriptor.from_tensor(down_EDF.view(E * D, F), [tiling.strip, tiling.depth]),

@@ -47,7 +47,7 @@ from labs.kernels.roles import (
     walk_tiles,
 )
 from labs.kernels.late_store import ROUNDED_PARTS, finishes_late
-from labs.kernels.launch import require
+from labs.kernels.launch import launch, require
 from labs.kernels.tiles import BANDS, TilePlan
 
 import triton  # after common.level, which the above import
@@ -262,7 +262,7 @@ def down_combine(
         plan.require_parts(programs)
     plan.count_once("down")
     edges = edges_for(D, hidden_RF.shape[1], K)
-    down_combine_kernel[(programs,)](
+    launch(down_combine_kernel, (programs,),
         plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, plan.done_up, TOP_K=K,
         CHOICES=triton.next_power_of_2(K), LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS),
         EARLY=early, **FOLLOW)

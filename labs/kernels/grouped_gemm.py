@@ -32,6 +32,7 @@ from labs.kernels.late_store import (
     store_pairs_dealt,
     store_part,
 )
+from labs.kernels.launch import launch
 from labs.kernels.roles import (
     BLOCK_K,
     BLOCK_N,
@@ -394,8 +395,8 @@ def up_gather(
     if R > 0:
         plan.count_once("up")
         plan.count_parts(programs)
-        up_gather_kernel[(programs,)](x_TD, token_of_row_R, plan.claimed_up, *operands, plan.done_up,
-                                     LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS), **FOLLOW)
+        launch(up_gather_kernel, (programs,), x_TD, token_of_row_R, plan.claimed_up, *operands, plan.done_up,
+               LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS), **FOLLOW)
 
 
 def up_rows(
@@ -410,8 +411,8 @@ def up_rows(
     operands = up_operands(rows_RD, R, gate_up_E2FD, plan, hidden_RF, 128)
     if R > 0:
         plan.count_once("up")
-        up_rows_kernel[(programs,)](describe(rows_RD, ROWS), plan.claimed_up, *operands,
-                                   LATE=finishes_late(rows_RD.shape[1], HIDDEN_PARTS), **FOLLOW)
+        launch(up_rows_kernel, (programs,), describe(rows_RD, ROWS), plan.claimed_up, *operands,
+               LATE=finishes_late(rows_RD.shape[1], HIDDEN_PARTS), **FOLLOW)
 
 
 def down(
@@ -431,8 +432,8 @@ def down(
         if early:
             plan.require_parts(programs)
         plan.count_once("down")
-        down_kernel[(programs,)](plan.claimed_down, *operands, plan.done_up, EARLY=early,
-                                LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS), **FOLLOW)
+        launch(down_kernel, (programs,), plan.claimed_down, *operands, plan.done_up, EARLY=early,
+               LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS), **FOLLOW)
 
 
 def straight(
@@ -451,5 +452,5 @@ def straight(
     if R > 0:
         plan.count_once("down")
         weights = TensorDescriptor.from_tensor(weights_EKN, [1, BLOCK_K, BLOCK_N], _SWIZZLED_3D.value)
-        straight_kernel[(programs,)](plan.claimed_down, describe(rows_RK, ROWS), weights, out_RN, plan.tiles_X5,
-                                     plan.tile_count, N // 8, K // 8, LATE=finishes_late(K, ROUNDED_PARTS), **FOLLOW)
+        launch(straight_kernel, (programs,), plan.claimed_down, describe(rows_RK, ROWS), weights, out_RN, plan.tiles_X5,
+               plan.tile_count, N // 8, K // 8, LATE=finishes_late(K, ROUNDED_PARTS), **FOLLOW)

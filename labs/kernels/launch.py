@@ -1,12 +1,17 @@
-"""What the launchers share: checks of their arguments, and what the device can do."""
+"""What the launchers share: checks of their arguments, what the device can do, how kernels are launched."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import torch
 
-import common.level  # noqa: F401  (picks Triton's interpreter where there is no GPU)
+import common.level  # isort: skip  # noqa: F401  (picks Triton's interpreter where there is no GPU)
+import triton
+
 from common.config import dtype_name
 
 # The kernels' tiles are made for 2-byte values; the interpreter multiplies bfloat16 wrongly.
@@ -64,3 +69,26 @@ def pipeline_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return SHARED_BYTES
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - RESERVED_BYTES
+
+
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """kernel[grid](*arguments, **options); within `compile_together` compiled for them, and not launched."""
+    if _compiling.get():
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+def compile_together(call: Callable[[], object]) -> None:
+    """Compile all kernels that `call` launches, each in a thread of its own: a first call then waits for the slowest,
+    not for all of them one after the other. `call` must not depend on what kernels compute, and launch by `launch`
+    alone. Raises what a compilation raises."""
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        token = _compiling.set(True)
+        try:
+            call()
+        finally:
+            _compiling.reset(token)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from labs.kernels.launch import launch
 from labs.kernels.tiles import TilePlan, check, check_gemm
 
 # T tokens, D model width, F expert width, E experts, K top-k, R routed rows. A tensor's suffix is its shape: x_TD is
@@ -202,7 +203,7 @@ def plain_up(
     check("hidden_RF", hidden_RF, (R, F), x_TD.dtype)
     if R > 0:
         weights, load_weights = weights_and_loader(gate_up_E2FD, tile)
-        plain_up_kernel[(programs,)](
+        launch(plain_up_kernel, (programs,),
             x_TD, token_of_row_R, weights, hidden_RF, offsets_E1, plan.tiles_X5, plan.tile_count,
             E, D // 8, F // 8, load_weights=load_weights,
             BLOCK_M=tile.block_M, BLOCK_N=tile.block_N, BLOCK_K=tile.block_K,
@@ -232,7 +233,7 @@ def plain_down(
     check("y_RD", y_RD, (R, D), hidden_RF.dtype)
     if R > 0:
         weights, load_weights = weights_and_loader(down_EDF, tile)
-        plain_down_kernel[(programs,)](
+        launch(plain_down_kernel, (programs,),
             hidden_RF, weights, y_RD, offsets_E1, plan.tiles_X5, plan.tile_count, E, D // 8, F // 8,
             load_weights=load_weights, BLOCK_M=tile.block_M, BLOCK_N=tile.block_N, BLOCK_K=tile.block_K,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -24,7 +24,7 @@ import torch
 from common.config import MoEConfig
 
 from labs.kernels.launch import (
-    early_launch, launch_options, pipeline_bytes, require, require_dtype, require_width, sm_count,
+    early_launch, launch, launch_options, pipeline_bytes, require, require_dtype, require_width, sm_count,
 )
 from labs.kernels.routing_kernels import (
     choose_kernel,
@@ -98,8 +98,8 @@ def list_work(offsets_E1: torch.Tensor, R: int, row_tile: int) -> torch.Tensor:
     require("offsets_E1", offsets_E1, (max(E, 1) + 1,), torch.int32, device)
     W = work_entries(R, E, row_tile)
     work_W4 = torch.empty(W, 4, dtype=torch.int32, device=device)
-    work_kernel[(min(8, W),)](offsets_E1, work_W4, E, W, ROW_TILE=row_tile, BLOCK_E=expert_block(E),
-                              PDL=early_launch(device), num_warps=4, **launch_options(device))
+    launch(work_kernel, (min(8, W),), offsets_E1, work_W4, E, W, ROW_TILE=row_tile, BLOCK_E=expert_block(E),
+           PDL=early_launch(device), num_warps=4, **launch_options(device))
     return work_W4
 
 
@@ -167,7 +167,7 @@ def route(
 
     if tiling.launches == 1:
         partials_SBE = torch.empty(splits, num_blocks * block_T, block_E, dtype=torch.float32, device=device)
-        route_and_place_kernel[num_blocks, splits](
+        launch(route_and_place_kernel, (num_blocks, splits),
             x_TD, router_ED, partials_SBE, arrivals_A, counts_BE, *choice, out.token_of_row_R, out.offsets_E1,
             out.work_W4, T, D, E, W, split_D, RENORMALIZE=renormalize, ROW_TILE=row_tile, NUM_BLOCKS=num_blocks,
             NUM_BLOCKS_POW2=triton.next_power_of_2(num_blocks), SPLITS=splits, BLOCK_D=block_D,
@@ -185,18 +185,18 @@ def route(
     x_desc = TensorDescriptor.from_tensor(x_TD, [logits_T, block_D])
     router_desc = TensorDescriptor.from_tensor(router_ED, [logits_E, block_D])
     if tiling.launches == 2:
-        logits_and_choose_kernel[(num_blocks,)](
+        launch(logits_and_choose_kernel, (num_blocks,),
             x_desc, router_desc, *shared, T, D, E, RENORMALIZE=renormalize, GROUP=group, BLOCK_D=block_D,
             STAGES=stages, num_warps=tiling.warps, **common)
     else:
         partials_STE = torch.empty(splits, T, block_E, dtype=torch.float32, device=device)
-        logits_kernel[triton.cdiv(T, logits_T), block_E // logits_E, splits](
+        launch(logits_kernel, (triton.cdiv(T, logits_T), block_E // logits_E, splits),
             x_desc, router_desc, partials_STE, T, D, split_D, E_PAD=block_E, BLOCK_T=logits_T, BLOCK_E=logits_E,
             BLOCK_D=block_D, STAGES=stages, PDL=common["PDL"], num_warps=8 if logits_T * logits_E >= 16384 else 4)
-        choose_kernel[(num_blocks,)](
+        launch(choose_kernel, (num_blocks,),
             partials_STE, *shared, T, E, RENORMALIZE=renormalize, SPLITS=splits, GROUP=group,
             num_warps=tiling.warps, **common, **launch_options(device))
-    place_kernel[(groups,)](
+    launch(place_kernel, (groups,),
         counts_BE, group_counts_GE, out.expert_ids_TK, out.row_of_slot_TK, out.token_of_row_R, out.offsets_E1,
         out.work_W4, T, E, W, num_blocks, ROW_TILE=row_tile, GROUP=group, CHUNK=max(4, 8192 // block_E), num_warps=8,
         **common, **launch_options(device))

@@ -42,6 +42,7 @@ from labs.kernels.grouped_gemm import (
     store_y_dealt,
     up_operands,
 )
+from labs.kernels.launch import launch
 from labs.kernels.roles import (
     _ACC,
     _BLOCK_K,
@@ -245,7 +246,7 @@ def tall_up_rows(
     operands = up_operands(rows_RD, rows_RD.shape[0], gate_up_E2FD, plan, hidden_RF, TILE_ROWS)
     check_depth("D", gate_up_E2FD.shape[2])
     if rows_RD.shape[0] > 0:
-        tall_up_rows_kernel[(programs,)](describe(rows_RD, ROWS), *operands, **FOLLOW)
+        launch(tall_up_rows_kernel, (programs,), describe(rows_RD, ROWS), *operands, **FOLLOW)
 
 
 def tall_down(
@@ -255,4 +256,4 @@ def tall_down(
     operands = down_operands(hidden_RF, down_EDF, plan, y_RD, TILE_ROWS)
     check_depth("F", down_EDF.shape[2])
     if hidden_RF.shape[0] > 0:
-        tall_down_kernel[(programs,)](*operands, **FOLLOW)
+        launch(tall_down_kernel, (programs,), *operands, **FOLLOW)

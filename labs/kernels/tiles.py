@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from labs.kernels.launch import early_launch, launch_options
+from labs.kernels.launch import early_launch, launch, launch_options
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # A tensor's suffix is its shape: x_TD is (T, D).
@@ -205,7 +205,7 @@ def plan_tiles(offsets_E1: torch.Tensor, R: int, tile_rows: int = 128, group: in
         raise ValueError(f"tile_rows={tile_rows} group={group}: need a positive multiple of {ROWS}, and at least 1")
     tiles_X5 = offsets_E1.new_empty(triton.cdiv(R, tile_rows) + E, FIELDS)
     tile_count, *counters = (offsets_E1.new_empty(n) for n in (1, 1, 1, tiles_X5.shape[0], 1, BANDS, 2))
-    plan_tiles_kernel[(E,)](
+    launch(plan_tiles_kernel, (E,),
         offsets_E1, tiles_X5, tile_count, *counters, E,
         BLOCKS=tile_rows // ROWS, GROUP=group, BANDS=BANDS, E_POW2=triton.next_power_of_2(E),
         PDL=early_launch(offsets_E1.device), num_warps=4, **launch_options(offsets_E1.device),
@@ -225,5 +225,5 @@ def spread_rows(x_TD: torch.Tensor, row_of_slot_TK: torch.Tensor, rows_RD: torch
     if T > 0:
         block_D = min(1024, triton.next_power_of_2(D))
         grid = (T, triton.cdiv(D, block_D))
-        spread_rows_kernel[grid](x_TD, row_of_slot_TK, rows_RD, D, TOP_K=K, BLOCK_D=block_D,
-                                 PDL=early_launch(x_TD.device), num_warps=4, **launch_options(x_TD.device))
+        launch(spread_rows_kernel, grid, x_TD, row_of_slot_TK, rows_RD, D, TOP_K=K, BLOCK_D=block_D,
+               PDL=early_launch(x_TD.device), num_warps=4, **launch_options(x_TD.device))

@@ -32,6 +32,7 @@ import torch
 
 from labs.kernels.grouped_gemm import consume_hidden, up_operands
 from labs.kernels.late_store import HIDDEN_PARTS, finishes_late
+from labs.kernels.launch import launch
 from labs.kernels.roles import (
     FOLLOW,
     _FIELDS,
@@ -181,6 +182,6 @@ def up_ahead(
     if R > 0:
         plan.count_once("up")
         rows_RD = x_TD.new_empty(R, x_TD.shape[1])
-        up_ahead_kernel[(programs,)](x_TD, token_of_row_R, describe(rows_RD, ROWS), rows_RD, plan.ready_X, plan.begun,
-                                     plan.claimed_up, *operands, LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS),
-                                     launch_cooperative_grid=True, **FOLLOW)
+        launch(up_ahead_kernel, (programs,), x_TD, token_of_row_R, describe(rows_RD, ROWS), rows_RD, plan.ready_X,
+               plan.begun, plan.claimed_up, *operands, LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS),
+               launch_cooperative_grid=True, **FOLLOW)
