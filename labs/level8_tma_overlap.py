@@ -11,7 +11,7 @@ How    kernels in labs/kernels, one job a file, each chosen by the mean rows an 
            spare warps, 2     | down: sum the columns done before; up of wide experts: copy the next tiles' rows
        Stores go straight from registers: by TMA they need a buffer, whose memory a fourth stage uses better.
        Few rows an expert: weights take wgmma's tall side, each read once. Row tiles of an expert are neighbours in
-       time, so its weights are read from memory once and shared in L2.
+       time, so its weights are read from memory once and shared in L2. down begins while up is at its last tiles.
 Costs  gate and up rows interleaved, repacked once in build: hold that copy instead of the canonical one.
        D and F are multiples of 8, E at most 512, bfloat16 or float16.
 Needs  CUDA. sm_90 for TMA and warp roles; sm_80, 86, 89 and 120 run pipelined kernels with cp.async, and say so.

@@ -33,7 +33,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.combine import combine
-from labs.kernels.grouped_gemm import begin, consume_y, down_operands, produce_hidden
+from labs.kernels.grouped_gemm import consume_y, down_operands, produce_hidden
 from labs.kernels.roles import (
     BLOCK_N,
     FOLLOW,
@@ -43,12 +43,12 @@ from labs.kernels.roles import (
     edge_of,
     open_barriers,
     open_ring,
-    wait_for,
     walk_tiles,
 )
 from labs.kernels.late_store import ROUNDED_PARTS, finishes_late
 from labs.kernels.launch import launch, require
 from labs.kernels.tiles import BANDS, TilePlan
+from labs.kernels.waiting import begin, wait_for
 
 import triton  # after common.level, which the above import
 from triton.experimental import gluon

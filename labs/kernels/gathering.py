@@ -16,21 +16,19 @@ from labs.kernels.roles import (
     _SWIZZLED,
     _TILE_ROWS,
     _WEIGHT_BYTES,
-    announce,
     ask_claim,
     ask_entry,
     claim,
     claimed_tile,
     field,
     find_tile_ahead,
-    first_part,
-    leaving,
     load_weights,
     look_up_at,
     next_stage,
     tell,
     tell_end,
 )
+from labs.kernels.waiting import announce, first_part, leaving
 
 from triton.experimental import gluon  # after common.level, which roles imports
 from triton.experimental.gluon import language as gl

@@ -11,7 +11,7 @@ where a width does not divide into it, the epilogue swaps values between threads
 halves of up's, are finished late, beside the next one's multiply (late_store.py), unless the inner dimension is short.
 down may begin `early`: while the last tiles of up are multiplied, it works on rows that are whole.
 
-roles.py has who does what in a program, and the index arrays.
+roles.py has who does what in a program, and the index arrays; waiting.py who waits for whom.
 """
 
 from __future__ import annotations
@@ -47,23 +47,20 @@ from labs.kernels.roles import (
     consume,
     describe,
     describe_weights,
-    fence_async_global,
-    first_part,
-    follow,
     one_band,
     open_barriers,
     open_ring,
     produce_rows,
-    wait_for,
     walk_tiles,
 )
 from labs.kernels.stores import _WIDE_128, _WIDE_256, _WIDE_32, _WIDE_64, halves, store_rows, store_wide
 from labs.kernels.tiles import ROWS, TilePlan, check, check_gemm, check_out
+from labs.kernels.waiting import begin, fence_async_global, first_part, follow, wait_for, wait_for_up
 
 from triton.experimental import gluon  # after common.level, which tiles imports
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # A tensor's suffix is its shape: x_TD is (T, D). In kernels M, N and K are the GEMM tile's axes.
@@ -196,23 +193,6 @@ def consume_y(y_ptr, D8, k_steps, ring, DEALT: gl.constexpr, LATE: gl.constexpr,
 
 # -------------------------------------------------------------------------------- down begins before up has ended
 @gluon.jit
-def begin(EARLY: gl.constexpr):
-    """`follow`, or where down begins EARLY leave the waiting to produce_hidden. What else it reads is older than up,
-    which had waited for that before it let down begin."""
-    if EARLY:
-        gdc_launch_dependents()
-    else:
-        follow()
-
-
-@gluon.jit
-def wait_for_up(whole, _row_tile, _used, group_end):
-    """Before a tile of rows that are not whole after up's first part."""
-    if group_end > whole:
-        gdc_wait()
-
-
-@gluon.jit
 def produce_hidden(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, done_up_ptr, F8, EARLY: gl.constexpr,
                    done_ptr=None, stored=None):
     """produce_rows of hidden. EARLY: up_gather_kernel is the kernel before, and may still be at its last part. The rows
@@ -248,7 +228,7 @@ def up_gather_kernel(
     LATE: gl.constexpr,
 ):
     """hidden = silu(x[token] @ gate.T) * (x[token] @ up.T), gather and SwiGLU fused. D8 and F8 are D / 8 and F / 8.
-    done: output tiles of its first part that are stored, and of the rest (first_part in roles.py).
+    done: output tiles of its first part that are stored, and of the rest (first_part in waiting.py).
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """

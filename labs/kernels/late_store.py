@@ -22,16 +22,9 @@ Determinism: the arithmetic of grouped_gemm.py's epilogues, in the same order: t
 
 from __future__ import annotations
 
-from labs.kernels.roles import (
-    BLOCK_K,
-    _BLOCK_N,
-    _ROWS,
-    leave,
-    listen,
-    multiply,
-    pass_on,
-)
+from labs.kernels.roles import BLOCK_K, _BLOCK_N, _ROWS, listen, multiply, pass_on
 from labs.kernels.stores import halves, store_wide
+from labs.kernels.waiting import leave
 
 from triton.experimental import gluon  # after common.level, which roles imports
 from triton.experimental.gluon import language as gl

@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.tiles import BANDS, FIELDS, ROWS
+from labs.kernels.waiting import announce, leave, leaving
 
 from triton.experimental import gluon  # after common.level, which tiles imports
 from triton.experimental.gluon import language as gl
@@ -39,18 +40,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # A tensor's suffix is its shape: x_TD is (T, D). In kernels M, N and K are the GEMM tile's axes.
 # Gluon's API as used here and in its neighbours is the same in Triton 3.6 and 3.7.1 but for two things: 3.6 passes a
 # function through warp_specialize only as a constexpr, so up_ahead.py says `begin_tile: gl.constexpr = ...` first;
-# and what waits for a role's other threads has another name.
+# and what waits for a role's other threads has another name (waiting.py).
 
 BLOCK_N = 256  # weight rows of a tile: the widest wgmma, so the fewest reads of shared memory
 BLOCK_K = 64  # 128 bytes, one swizzle row
-
-sync_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 _ROWS = gl.constexpr(ROWS)
 _BLOCK_N = gl.constexpr(BLOCK_N)
@@ -60,7 +58,6 @@ _STAGES = gl.constexpr(4)
 _WARPGROUPS = gl.constexpr(2)
 _TILE_ROWS = gl.constexpr(2 * ROWS)
 _BANDS = gl.constexpr(BANDS)
-_LAST_TILES = gl.constexpr(3)  # a program, of the last part of a walk
 _LEAD = gl.constexpr(8)  # K steps before a tile's end at which the next one is claimed: its look-up takes some of them
 _ROW_BYTES = gl.constexpr(ROWS * BLOCK_K * 2)
 _WEIGHT_BYTES = gl.constexpr(BLOCK_N * BLOCK_K * 2)
@@ -186,61 +183,6 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
     """The ring's next stage; the phase turns over with each round."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-
-# --------------------------------------------------------------------------------------------- who waits for whom
-@gluon.jit
-def follow():
-    """Wait until the kernel before has ended and all may see what it wrote; then let programs of the one after begin
-    on SMs that are free, up to where they wait in turn."""
-    gdc_wait()
-    gdc_launch_dependents()
-
-
-@gluon.jit
-def leaving(band, tiles):
-    """A band and how many output tiles of it a program had, in one number that is 0 only for none of the first."""
-    return tiles * _BANDS + band
-
-
-@gluon.jit
-def leave(stored):
-    """A consumer has stored its share of the band that the program leaves."""
-    sync_threads()  # one thread arrives, for all that have stored
-    mbarrier.arrive(stored.index(0))
-
-
-@gluon.jit
-def announce(done_ptr, left, stored, phase):
-    """The producer, once it has told the consumers what the program leaves: when they have stored it, tell all
-    programs."""
-    mbarrier.wait(stored.index(0), phase)
-    gl.atomic_add(done_ptr + left % _BANDS, left // _BANDS, sem="release", scope="gpu")
-
-
-@gluon.jit
-def wait_for(done_ptr, tiles):
-    """Return once so many output tiles are stored; what was stored is to be seen then. The programs that run claim them
-    all, so this waits for none that has not begun."""
-    while gl.atomic_add(done_ptr, 0, sem="acquire", scope="gpu") < tiles:
-        gl.inline_asm_elementwise("nanosleep.u32 200; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def fence_async_global(WARPS: gl.constexpr):
-    """Between stores of this thread, or of those it has waited for, and reads of the same memory by TMA, which is
-    another proxy: PTX's fence.proxy.async, once a thread. The reader needs it, after it has waited; the writer's is
-    for safety."""
-    threads = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    gl.inline_asm_elementwise("fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [threads], dtype=gl.int32,
-                              is_pure=False, pack=1)
-
-
-@gluon.jit
-def first_part(total):
-    """How many output tiles are the first part: all but the last three a program. They are all stored a tile or so
-    before the first program has nothing left to do."""
-    return gl.maximum(total - _LAST_TILES * gl.num_programs(0), 0)
 
 
 # ------------------------------------------------------------------------------------------------- shared memory

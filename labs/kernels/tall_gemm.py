@@ -55,7 +55,6 @@ from labs.kernels.roles import (
     describe,
     find_tile,
     find_tile_ahead,
-    follow,
     load_weight_rows,
     next_stage,
     open_barriers,
@@ -63,6 +62,7 @@ from labs.kernels.roles import (
     walk_tiles,
 )
 from labs.kernels.tiles import ROWS, TilePlan
+from labs.kernels.waiting import follow
 
 TILE_ROWS = 192
 GROUP = 16  # row tiles that walk through their expert's weights together

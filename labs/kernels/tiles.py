@@ -9,7 +9,7 @@
     ready_X         (X,)      row tile -> its units that up_ahead.py has gathered; zeros up to the count
     begun           (1,)      output tiles that up_ahead.py has begun; zero
     done_B          (4,)      band of columns -> output tiles of down that are stored; zeros
-    done_up         (2,)      output tiles of up's first part that are stored, and of the rest (roles.py); zeros
+    done_up         (2,)      output tiles of up's first part that are stored, and of the rest (waiting.py); zeros
 
 A group is as many of an expert's row tiles as walk through its weights together, so that they share them in L2.
 """

@@ -42,11 +42,11 @@ from labs.kernels.roles import (
     one_band,
     open_ring,
     produce_rows,
-    sync_threads,
     walk_tiles,
 )
 from labs.kernels.stores import halves, store_rows, widen
 from labs.kernels.tiles import ROWS, TilePlan, check
+from labs.kernels.waiting import sync_threads
 
 from triton.experimental import gluon  # after common.level, which the above import
 from triton.experimental.gluon import language as gl

@@ -37,15 +37,13 @@ from labs.kernels.roles import (
     FOLLOW,
     _FIELDS,
     describe,
-    fence_async_global,
-    follow,
     one_band,
     open_ring,
     produce_rows,
-    sync_threads,
     walk_tiles,
 )
 from labs.kernels.tiles import ROWS, TilePlan, check
+from labs.kernels.waiting import fence_async_global, follow, sync_threads
 
 from triton.experimental import gluon  # after common.level, which the above import
 from triton.experimental.gluon import language as gl
