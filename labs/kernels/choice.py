@@ -33,6 +33,7 @@ import torch
 
 from common.config import dtype_name
 from common.level import Unsupported
+from labs.kernels.launch import compile_together
 from labs.kernels.plain_gemm import TILES, PlainTile
 from labs.kernels.tall_gemm import PREFETCHED
 
@@ -144,7 +145,8 @@ def parse(fields: list) -> Choice:
 def median_ms(call: Callable[[], object]) -> float:
     """Milliseconds on the GPU, the median of a few replays of one captured call: launched one by one, its kernels would
     wait for the host."""
-    call()  # compiles
+    compile_together(call)
+    call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # by default it is on the GPU that captured first
         call()
