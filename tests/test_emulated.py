@@ -127,13 +127,23 @@ def test_bands_are_summed_once_they_are_stored(late):
     (T, K), D = given.row_of_slot_TK.shape, given.D8 * 8
     plan, y_RD, out_TD = given.plan(), given.out(D), torch.full((T, D), torch.nan).bfloat16()
     edges = down_combine.edges_for(D, given.F8 * 8, K)
+    widths = [min(edge, -(-D // roles.BLOCK_N)) - first for first, edge in zip((0, *edges), (*edges, D), strict=True)]
+    whole_B, counted = [plan.tile_count.item() * width for width in widths], []
+
+    def look() -> None:
+        counted.append(plan.done_B.tolist())
+        for band, (done, whole) in enumerate(zip(counted[-1], whole_B, strict=True)):
+            first = (0, *edges)[band] * roles.BLOCK_N
+            if done == whole:
+                assert not y_RD[:-SPARE, first : first + widths[band] * roles.BLOCK_N].isnan().any(), "not stored yet"
+
     emulate(ptx_of("down_combine_kernel", True, late, COMBINED), "down_combine_kernel",
             [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
              plan.tile_count, given.D8, given.F8, given.row_of_slot_TK, given.scores_TK, out_TD, plan.done_B, T,
-             *edges, plan.done_up])
+             *edges, plan.done_up], on_release=look)
     assert error(y_RD[:-SPARE], given.y_RD) < BOUND
-    widths = [min(edge, -(-D // roles.BLOCK_N)) - first for first, edge in zip((0, *edges), (*edges, D), strict=True)]
-    assert plan.done_B.tolist() == [plan.tile_count.item() * width for width in widths]
+    assert counted[-1] == whole_B
+    assert len(counted) == sum(width > 0 for width in widths), "a band is counted once"
     last = max(edge for edge in edges if edge * roles.BLOCK_N < D) * roles.BLOCK_N
     expected = (y_RD.double()[given.row_of_slot_TK.long()] * given.scores_TK[..., None]).sum(dim=1)
     assert last == 1024
@@ -146,11 +156,18 @@ def test_down_waits_for_what_up_counts(late):
     """up counts the tiles of both parts, however few; down that begins early waits for as many, or for good."""
     given = Problem(True)
     plan, hidden_RF, y_RD = given.plan(), given.out(given.F8 * 8), given.out(given.D8 * 8)
+    tiles_of_up, counted = plan.tile_count.item() * -(-2 * given.F8 * 8 // roles.BLOCK_N), []
+    assert tiles_of_up == 9
+
+    def look() -> None:
+        counted.append(plan.done_up.tolist())
+        if counted[-1] == [6, 0]:  # those of the first two experts that have rows
+            assert not hidden_RF[:161].isnan().any(), "counted before it is stored"
+
     emulate(ptx_of("up_gather_kernel", True, late), "up_gather_kernel",
             [given.x_TD, given.token_of_row_R, plan.claimed_up, weights(given.gate_up_E2FD, True), hidden_RF,
-             plan.tiles_X5, plan.tile_count, given.D8, given.F8, plan.done_up])
-    tiles_of_up = plan.tile_count.item() * -(-2 * given.F8 * 8 // roles.BLOCK_N)
-    assert plan.done_up.tolist() == [tiles_of_up - 3, 3]
+             plan.tiles_X5, plan.tile_count, given.D8, given.F8, plan.done_up], on_release=look)
+    assert counted == [[6, 0], [6, 3]]
     emulate(ptx_of("down_kernel", True, late, early=True), "down_kernel",
             [plan.claimed_down, TensorMap(hidden_RF[:-SPARE], (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
              plan.tile_count, given.D8, given.F8, plan.done_up])
