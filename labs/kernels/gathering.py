@@ -28,7 +28,7 @@ from labs.kernels.roles import (
     tell,
     tell_end,
 )
-from labs.kernels.waiting import announce, first_part, leaving
+from labs.kernels.waiting import announce, count_tile, first_part, leaving
 
 from triton.experimental import gluon  # after common.level, which roles imports
 from triton.experimental.gluon import language as gl
@@ -134,14 +134,9 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
         used = next_used
         column = next_column
         if done_ptr is not None:
-            if left > 0:
-                announce(done_ptr, left, stored, leaves)
-                leaves ^= 1
-                tiles = 0
-            tiles += 1
             before = band + 0  # not `= band`: Triton drops a loop-carried name that starts as another's alias
             band = (claimed >= first_part(total)).to(gl.int32)
-            left = gl.where(band == before, 0, leaving(before, tiles))
+            left, leaves, tiles = count_tile(done_ptr, stored, left, leaves, tiles, before, band)
     if done_ptr is not None:
         left = gl.where(left == 0, leaving(band, tiles), left)
     tell_end(ring, stage, phase, left, 4)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 
 from labs.kernels.tiles import BANDS, FIELDS, ROWS
-from labs.kernels.waiting import announce, leave, leaving
+from labs.kernels.waiting import announce, count_tile, leave, leaving
 
 from triton.experimental import gluon  # after common.level, which tiles imports
 from triton.experimental.gluon import language as gl
@@ -349,12 +349,7 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
         if load_more is not None:
             stage, phase = load_more(more, row, used, column, stage, phase, ring, False)
         if done_ptr is not None:
-            if left > 0:
-                announce(done_ptr, left, stored, leaves)
-                leaves ^= 1
-                tiles = 0
-            tiles += 1
-            left = gl.where(band == before, 0, leaving(before, tiles))
+            left, leaves, tiles = count_tile(done_ptr, stored, left, leaves, tiles, before, band)
         expert = field(entry, 0)
         row = field(entry, 1)
         used = gl.where(claimed < total, field(entry, 2), 0)

@@ -10,7 +10,7 @@ A part or a band is counted by the output tiles of it that are stored:
 
     producer    tells the consumers with a tile that it is the program's first of another band (`leaving`)
     consumers   store what they still have of the band before, arrive at `stored` (`leave`)
-    producer    waits for both, adds the tiles that the program had to the band's count (`announce`)
+    producer    waits for both, adds the tiles that the program had to the band's count (`count_tile`, `announce`)
     others      wait for the count (`wait_for`): only for tiles that some running program has claimed or will
 
 Costs  One more barrier, and what waits between the tiles of two bands is stored with nothing beside it.
@@ -82,6 +82,18 @@ def announce(done_ptr, left, stored, phase):
     programs."""
     mbarrier.wait(stored.index(0), phase)
     gl.atomic_add(done_ptr + left % _BANDS, left // _BANDS, sem="release", scope="gpu")
+
+
+@gluon.jit
+def count_tile(done_ptr, stored, left, leaves, tiles, before, band):
+    """The producer, after a tile of band `before`: announce what the program had left with it, and count it. Returns
+    what the next tile, of `band`, leaves; how often the program has left one, modulo 2; and its tiles of `before`."""
+    if left > 0:
+        announce(done_ptr, left, stored, leaves)
+        leaves ^= 1
+        tiles = 0
+    tiles += 1
+    return gl.where(band == before, 0, leaving(before, tiles)), leaves, tiles
 
 
 @gluon.jit
