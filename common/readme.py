@@ -89,8 +89,8 @@ def leads_markdown(runs: list[Run]) -> str:
     lines = [
         "| layer | tokens | level | in rounds: wall ms (p20 to p80) | of bmm | TB/s while busy (of a copy, of a read) "
         "| fastest other | its wall ms | ahead by | GPU-busy: ahead by | sustained: ms | of bmm | other's ms "
-        "| ahead by |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| ahead by | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         ours = max((row for row in run.levels if row.timed and row.variant == "exact"), key=lambda row: row.number)
@@ -104,7 +104,7 @@ def leads_markdown(runs: list[Run]) -> str:
                  bandwidth(run, ours), other.name, spread[1], ahead(ours.wall_ms, other.wall_ms),
                  ahead(ours.gpu_ms, other.gpu_ms), number(alone[0]),
                  percent(alone[2] / alone[0] if alone[0] and alone[2] else None), number(alone[1]),
-                 ahead(ours.sustained_ms, other.sustained_ms)]
+                 ahead(ours.sustained_ms, other.sustained_ms), run.environment["commit"][:7]]
         lines.append("| " + " | ".join(cells) + " |")
     stamps = {f"{run.environment['gpu']}, driver {run.environment['driver']}, torch {run.environment['torch']}, Triton "
               f"{run.environment['triton']}, {run.dtype}, {run.routing} routing, {run.rounds} rounds, commit "

@@ -4,14 +4,14 @@ Adds   persistent, warp-specialised grouped GEMMs fed by TMA, with gather, SwiGL
        and sort in one to three launches.
 Why    level 7 still writes and reads 3*R*F values between its GEMMs, sorts in eight launches, and its GEMMs wait for
        their own loads: one set of warps issues a load, waits, multiplies, and stops to store.
-How    kernels in labs/kernels, one job a file, each chosen by the mean rows an expert (labs/kernels/choice.py):
+How    kernels in labs/kernels, one job a file, chosen by mean rows an expert and widths (labs/kernels/choice.py):
            producer, 1 or 4   | claim a tile; TMA weights, TMA or cp.async rows -> ring of 4 stages of 48 KB
            consumer warps 0-3 | wait full[s] -> wgmma 64x256x64 -> arrive empty[s]; beside: finish the tile before
            consumer warps 4-7 | the same for the tile's other 64 rows
            spare warps, 2     | down: sum the columns done before; up of wide experts: copy the next tiles' rows
        Stores go straight from registers: by TMA they need a buffer, whose memory a fourth stage uses better.
        Few rows an expert: weights take wgmma's tall side, each read once. Row tiles of an expert are neighbours in
-       time, so its weights are read from memory once and shared in L2. down begins while up is at its last tiles.
+       time, so its weights are read from memory once and shared in L2. down may begin beside up's last tiles.
 Costs  gate and up rows interleaved, repacked once in build: hold that copy instead of the canonical one.
        D and F are multiples of 8, E at most 512, bfloat16 or float16.
 Needs  CUDA. sm_90 for TMA and warp roles; sm_80, 86, 89 and 120 run pipelined kernels with cp.async, and say so.
@@ -59,7 +59,7 @@ LEVEL = Level(
     claims=Claims(host_syncs=0, max_launches=2),
 )
 
-TILES = (64, 128, 256)  # row tiles to round to; the GEMM's are as long, or half as long
+TILES = (64, 128, 256)  # row tiles to round to: a warpgroup's share of the GEMM's tile, a whole one, or two
 
 # Kernels that want their rows gathered before.
 GATHERED_BEFORE = ("spread", "tall")
@@ -264,7 +264,7 @@ def build(
     if variant not in LEVEL.variants:
         raise ValueError(f"variant={variant!r}: choose one of {', '.join(LEVEL.variants)}")
     if tile not in TILES:
-        raise ValueError(f"tile={tile}: choose one of {', '.join(map(str, TILES))}, which the GEMM's tiles divide")
+        raise ValueError(f"tile={tile}: choose one of {', '.join(map(str, TILES))}, whole shares of the GEMM's tiles")
     plan_rounding(cfg, 0, tile, mode, least_tiles=0)  # so that an unknown mode is named now
     choose = Chooser(cfg.D, cfg.F, cfg.E, weights.router_ED.dtype, weights.device)
     packed, arrivals_A = repack(cfg, weights), new_arrivals(weights.device)

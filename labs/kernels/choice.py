@@ -6,13 +6,13 @@
     ahead       up_ahead.py: rows gathered by spare warps, all by TMA      sm_90, bfloat16
     spread      grouped_gemm.py: rows gathered before, then all by TMA     sm_90, bfloat16, by a search only
     tall        tall_gemm.py: the same in tiles of 192 rows                sm_90, bfloat16, D over 192, wide F
-    pipelined   plain_gemm.py: cp.async ahead of the multiply, no roles    sm_80, 86, 89, 120; float16 on sm_90
+    pipelined   plain_gemm.py: cp.async ahead of the multiply, no roles    sm_80, 86, 89, 120; float16 on sm_90; CPU
 
 How the table for sm_90 was found: the kernels timed beside each other on six presets, on an H200 (labs/LOG.md).
 Gathering ahead moves some 2 * R * D values and the up projection takes 4 * R * D * F operations, so it pays from some F
-on, where rows are many. A tall tile pays where few, wide experts have more rows than one tile of 128 holds, and fewer
-than one of 192: each weight is read once. Weights on wgmma's tall side pay for fewer rows yet, and for layers too small
-to give all SMs a tile of 128 by 256.
+on, where rows are many. A tall tile pays where wide experts have about 128 rows each: half of them more than a tile of
+128 holds, and next to none more than 192, so that each weight is read once. Weights on wgmma's tall side pay for fewer
+rows yet, and for layers too small to give all SMs a tile of 128 by 256.
 
 Whether to search is MOE_AUTOTUNE: `off` takes the table; `cached`, the default, takes what a search found on this kind
 of GPU before, else the table; `search` searches what is not cached. At most one search a shape class, a minute each.
@@ -36,6 +36,7 @@ from common.level import Unsupported
 from labs.kernels.launch import compile_together
 from labs.kernels.plain_gemm import TILES, PlainTile
 from labs.kernels.tall_gemm import PREFETCHED
+from labs.kernels.tiles import ROWS
 
 # D model width, F expert width, E experts, R = T*K routed rows.
 
@@ -90,7 +91,7 @@ def from_table(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int) -> C
     if sm == 0:
         return Choice("few_rows") if mean <= FEW_ROWS_ALONE else Choice("pipelined", tile=INTERPRETED)
     if sm != 90:
-        return Choice("pipelined", tile=TILES[sm] if mean > 64 else SMALL_PIPELINED)
+        return Choice("pipelined", tile=TILES[sm] if mean > ROWS else SMALL_PIPELINED)
     if mean <= (FEW_ROWS if dtype == torch.bfloat16 and E * D >= LEAST_WIDTH else FEW_ROWS_ALONE):
         return Choice("few_rows")
     if dtype != torch.bfloat16:

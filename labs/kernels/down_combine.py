@@ -15,8 +15,8 @@ How    64 spare threads copy a token's K rows, 512 columns of each, into a ring 
                                 the program's tiles of the band in done[band]
     combiner    2 warps         wait until done[band] is all of it; then sum every grid-th token
 
-Costs  hidden is read once a band. The combiner of one program waits for the tiles of others, but only for such as are
-       claimed: it needs no program that has not begun. y still takes R * D values.
+Costs  hidden is read once a band. The combiner of one program waits for the tiles of others, but only for such as a
+       running program has claimed or will: it needs no program that has not begun. y still takes R * D values.
 
     index array     shape     from -> to
     row_of_slot_TK  (T, K)    token, choice -> sorted row

@@ -97,7 +97,7 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
     claimed = claim(claimed_ptr, 4)
     band = (claimed >= first_part(total)).to(gl.int32)
     left = 0
-    leaves = 0
+    stored_phase = 0
     tiles = 0
     expert, row, used, column, _ = find_tile_ahead(tiles_ptr, claimed, total, column_tiles)
     token = load_tokens(token_of_row_ptr, row, used, column)
@@ -136,10 +136,10 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
         if done_ptr is not None:
             before = band + 0  # not `= band`: Triton drops a loop-carried name that starts as another's alias
             band = (claimed >= first_part(total)).to(gl.int32)
-            left, leaves, tiles = count_tile(done_ptr, stored, left, leaves, tiles, before, band)
+            left, stored_phase, tiles = count_tile(done_ptr, stored, left, stored_phase, tiles, before, band)
     if done_ptr is not None:
         left = gl.where(left == 0, leaving(band, tiles), left)
     tell_end(ring, stage, phase, left, 4)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
     if done_ptr is not None:
-        announce(done_ptr, left, stored, leaves)
+        announce(done_ptr, left, stored, stored_phase)

@@ -21,7 +21,8 @@ RESERVED_BYTES = 27 * 1024  # of what a program may use: for reductions
 
 
 def require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError, saying what `name` is and what it needs to be, unless it fits and is contiguous."""
+    """Raise ValueError, saying what `name` is and what it needs to be, unless it fits, is contiguous and starts at a
+    multiple of 16 bytes."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but needs {shape}")
     if tensor.dtype != dtype or tensor.device != device:
@@ -29,7 +30,8 @@ def require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torc
                          f"on {device}")
     if not tensor.is_contiguous() or tensor.data_ptr() % 16:
         raise ValueError(f"{name} has strides {tensor.stride()} and starts at byte {tensor.data_ptr() % 16} of 16, "
-                         f"but needs to be contiguous and aligned: pass {name}.clone()")
+                         f"but needs to be contiguous and aligned: pass "
+                         f"{name}.clone(memory_format=torch.contiguous_format)")
 
 
 def require_width(letter: str, width: int) -> None:

@@ -322,7 +322,7 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
     used = gl.where(claimed < total, used, 0)
     column += first_column
     left = 0
-    leaves = 0
+    stored_phase = 0
     tiles = 0
     while used > 0:
         if begin_tile is not None:
@@ -349,7 +349,7 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
         if load_more is not None:
             stage, phase = load_more(more, row, used, column, stage, phase, ring, False)
         if done_ptr is not None:
-            left, leaves, tiles = count_tile(done_ptr, stored, left, leaves, tiles, before, band)
+            left, stored_phase, tiles = count_tile(done_ptr, stored, left, stored_phase, tiles, before, band)
         expert = field(entry, 0)
         row = field(entry, 1)
         used = gl.where(claimed < total, field(entry, 2), 0)
@@ -360,7 +360,7 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
         left = gl.where(left == 0, leaving(band, tiles), left)
     tell_end(ring, stage, phase, left, 1)
     if done_ptr is not None:
-        announce(done_ptr, left, stored, leaves)
+        announce(done_ptr, left, stored, stored_phase)
 
 
 # ----------------------------------------------------------------------------------------------------- consumers

@@ -2,8 +2,9 @@
 
     kernel to kernel    programs of the next kernel begin on SMs that are free, set up their ring, and wait until the
                         one before has ended: `follow` (programmatic dependent launch)
-    down after up       down's programs wait only until up's first part is stored, all of its output tiles but the
-                        last three a program, and work on rows that are whole then; for others, on up's end
+    down after up       where rows are gathered as they load, down's programs wait only until up's first part is
+                        stored, all of its output tiles but the last three a program, and work on rows that are
+                        whole then; for others, they wait until up has ended
     program to program  bands of down's columns: who sums a band waits until all of its output tiles are stored
 
 A part or a band is counted by the output tiles of it that are stored:
@@ -51,7 +52,8 @@ def begin(EARLY: gl.constexpr):
 
 @gluon.jit
 def wait_for_up(whole, _row_tile, _used, group_end):
-    """Before a tile of rows that are not whole after up's first part."""
+    """Before a tile: wait for up's end, unless the tile's group of row tiles, which ends at group_end, lies wholly in
+    up's first part, as the row tiles before `whole` do."""
     if group_end > whole:
         gdc_wait()
 
@@ -65,7 +67,7 @@ def first_part(total):
 
 @gluon.jit
 def leaving(band, tiles):
-    """A band and how many output tiles of it a program had, in one number that is 0 only for none of the first."""
+    """A band and how many output tiles of it a program had, in one number: 0 only for no tile of the first."""
     return tiles * _BANDS + band
 
 
@@ -85,15 +87,15 @@ def announce(done_ptr, left, stored, phase):
 
 
 @gluon.jit
-def count_tile(done_ptr, stored, left, leaves, tiles, before, band):
+def count_tile(done_ptr, stored, left, stored_phase, tiles, before, band):
     """The producer, after a tile of band `before`: announce what the program had left with it, and count it. Returns
-    what the next tile, of `band`, leaves; how often the program has left one, modulo 2; and its tiles of `before`."""
+    what the next tile, of `band`, leaves; the phase of `stored`; and the program's tiles of `before`."""
     if left > 0:
-        announce(done_ptr, left, stored, leaves)
-        leaves ^= 1
+        announce(done_ptr, left, stored, stored_phase)
+        stored_phase ^= 1
         tiles = 0
     tiles += 1
-    return gl.where(band == before, 0, leaving(before, tiles)), leaves, tiles
+    return gl.where(band == before, 0, leaving(before, tiles)), stored_phase, tiles
 
 
 @gluon.jit
