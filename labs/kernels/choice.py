@@ -36,7 +36,6 @@ from common.level import Unsupported
 from labs.kernels.launch import compile_together
 from labs.kernels.plain_gemm import TILES, PlainTile
 from labs.kernels.tall_gemm import PREFETCHED
-from labs.kernels.tiles import ROWS
 
 # D model width, F expert width, E experts, R = T*K routed rows.
 
@@ -91,7 +90,7 @@ def from_table(R: int, D: int, F: int, E: int, dtype: torch.dtype, sm: int) -> C
     if sm == 0:
         return Choice("few_rows") if mean <= FEW_ROWS_ALONE else Choice("pipelined", tile=INTERPRETED)
     if sm != 90:
-        return Choice("pipelined", tile=TILES[sm] if mean > ROWS else SMALL_PIPELINED)
+        return Choice("pipelined", tile=TILES[sm] if mean > SMALL_PIPELINED.block_M else SMALL_PIPELINED)
     if mean <= (FEW_ROWS if dtype == torch.bfloat16 and E * D >= LEAST_WIDTH else FEW_ROWS_ALONE):
         return Choice("few_rows")
     if dtype != torch.bfloat16:

@@ -67,7 +67,6 @@ MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more 
 LEAST_ROWS, LEAST_MEAN_ROWS = 16384, 512
 HIDING = 4096  # K * F whose multiply takes half as long again as the sum of K rows, as LOG.md reckons
 
-_BANDS = gl.constexpr(BANDS)
 _SLOTS = gl.constexpr(SLOTS)
 _COLUMNS = gl.constexpr(COLUMNS)
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))

@@ -137,9 +137,7 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
             before = band + 0  # not `= band`: Triton drops a loop-carried name that starts as another's alias
             band = (claimed >= first_part(total)).to(gl.int32)
             left, stored_phase, tiles = count_tile(done_ptr, stored, left, stored_phase, tiles, before, band)
-    if done_ptr is not None:
-        left = gl.where(left == 0, leaving(band, tiles), left)
-    tell_end(ring, stage, phase, left, 4)
+    tell_end(ring, stage, phase, 4)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
     if done_ptr is not None:
-        announce(done_ptr, left, stored, stored_phase)
+        announce(done_ptr, gl.where(left == 0, leaving(band, tiles), left), stored, stored_phase)

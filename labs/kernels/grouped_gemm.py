@@ -203,12 +203,11 @@ def produce_hidden(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, do
         part = first_part(total // column_tiles * up_columns)
         wait_for(done_up_ptr, part)
         fence_async_global(1)
-        produce_rows(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, None, None, wait_for_up,
-                     part // up_columns, done_ptr, stored)
+        produce_rows(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, begin_tile=wait_for_up,
+                     counters=part // up_columns, done_ptr=done_ptr, stored=stored)
         gdc_wait()  # so that down has not ended before up has, whoever had which tiles
     else:
-        produce_rows(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, None, None, None, None, done_ptr,
-                     stored)
+        produce_rows(hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, done_ptr=done_ptr, stored=stored)
 
 
 # ------------------------------------------------------------------------------------------------------- kernels

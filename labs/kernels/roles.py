@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import torch
 
-from labs.kernels.tiles import BANDS, FIELDS, ROWS
+from labs.kernels.tiles import FIELDS, ROWS
 from labs.kernels.waiting import announce, count_tile, leave, leaving
 
 from triton.experimental import gluon  # after common.level, which tiles imports
@@ -57,7 +57,6 @@ _FIELDS = gl.constexpr(FIELDS)
 _STAGES = gl.constexpr(4)
 _WARPGROUPS = gl.constexpr(2)
 _TILE_ROWS = gl.constexpr(2 * ROWS)
-_BANDS = gl.constexpr(BANDS)
 _LEAD = gl.constexpr(8)  # K steps before a tile's end at which the next one is claimed: its look-up takes some of them
 _ROW_BYTES = gl.constexpr(ROWS * BLOCK_K * 2)
 _WEIGHT_BYTES = gl.constexpr(BLOCK_N * BLOCK_K * 2)
@@ -293,10 +292,10 @@ def load_steps(rows_desc, weights_desc, row, used, expert, column, weight_rows, 
 
 
 @gluon.jit
-def tell_end(ring, stage, phase, left, WARPS: gl.constexpr):
-    """No more tiles; `left` as in `tell`."""
+def tell_end(ring, stage, phase, WARPS: gl.constexpr):
+    """No more tiles."""
     _rows, _weights, _told, full, _empty = ring
-    tell(ring, stage, phase, 0, 0, 0, left, WARPS)
+    tell(ring, stage, phase, 0, 0, 0, 0, WARPS)
     mbarrier.arrive(full.index(stage))
 
 
@@ -356,11 +355,9 @@ def produce_rows(rows_desc, weights_desc, walk, edges, claimed_ptr, weight_rows,
         column = first_column + local // size
         if begin_tile is not None:
             group_end = first_row_tile + size
+    tell_end(ring, stage, phase, 1)
     if done_ptr is not None:
-        left = gl.where(left == 0, leaving(band, tiles), left)
-    tell_end(ring, stage, phase, left, 1)
-    if done_ptr is not None:
-        announce(done_ptr, left, stored, stored_phase)
+        announce(done_ptr, gl.where(left == 0, leaving(band, tiles), left), stored, stored_phase)
 
 
 # ----------------------------------------------------------------------------------------------------- consumers

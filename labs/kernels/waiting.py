@@ -9,7 +9,7 @@
 
 A part or a band is counted by the output tiles of it that are stored:
 
-    producer    tells the consumers with a tile that it is the program's first of another band (`leaving`)
+    producer    tells the consumers with a tile that it is the program's first of another band (`leaving`), or the end
     consumers   store what they still have of the band before, arrive at `stored` (`leave`)
     producer    waits for both, adds the tiles that the program had to the band's count (`count_tile`, `announce`)
     others      wait for the count (`wait_for`): only for tiles that some running program has claimed or will
@@ -80,8 +80,8 @@ def leave(stored):
 
 @gluon.jit
 def announce(done_ptr, left, stored, phase):
-    """The producer, once it has told the consumers what the program leaves: when they have stored it, tell all
-    programs."""
+    """The producer, once it has told the consumers that the program leaves a band, or has no more tiles: when they have
+    stored what they had of it, tell all programs."""
     mbarrier.wait(stored.index(0), phase)
     gl.atomic_add(done_ptr + left % _BANDS, left // _BANDS, sem="release", scope="gpu")
 

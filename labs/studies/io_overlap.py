@@ -165,7 +165,7 @@ def announce(walk, claimed_ptr, ring):
             mbarrier.arrive(full.index(stage))
             stage, phase = next_stage(stage, phase, _STAGES)
         _expert, row, used, column, _ = after
-    tell_end(ring, stage, phase, 0, 1)
+    tell_end(ring, stage, phase, 1)
 
 
 @gluon.jit
