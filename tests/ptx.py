@@ -76,7 +76,7 @@ class Machine:
     barriers: dict[int, Barrier] = field(default_factory=dict)
     meetings: dict[int, list] = field(default_factory=dict)  # of bar.sync: warps that have come, meetings held
     threads: int = 0
-    on_release: Callable[[], None] = lambda: None  # after every atomic that releases what was stored before it
+    on_atomic: Callable[[bool], None] = lambda releases: None  # after each; whether it releases what was stored before
 
     def at(self, address: np.ndarray, count: int, shared: bool) -> tuple[np.ndarray, np.ndarray]:
         """The memory that all addresses lie in, and where in it each of `count` bytes does. Raises outside of it."""
@@ -447,8 +447,7 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
             before = bytes_at[where[0]].view(np.uint32).copy()
             bytes_at[where[0]] = (before + read(warp, ops[2], "u32")[lane]).astype(np.uint32).view(np.uint8)
             write(warp, ops[0], np.full(LANES, before[0], np.uint32), np.arange(LANES) == lane)
-            if "release" in parts:
-                machine.on_release()
+            machine.on_atomic("release" in parts)
     elif name in ("griddepcontrol", "nanosleep"):  # nothing runs before or after, and time passes anyhow
         return None
     elif name == "elect":
@@ -507,17 +506,18 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
 
 
 def emulate(
-    ptx: str, kernel: str, arguments: list, seed: int = 0, on_release: Callable[[], None] = lambda: None
+    ptx: str, kernel: str, arguments: list, seed: int = 0, on_atomic: Callable[[bool], None] = lambda releases: None
 ) -> int:
     """Run a program of a grid of one, whose tensors are changed in place; how many instructions its warps executed.
 
     arguments: in the kernel's order: tensors, TensorMaps, integers. seed: of the order in which warps take turns.
-    on_release: called after each atomic that releases, to look at what is stored by then.
+    on_atomic: called after each atomic with whether it releases, to look at what is stored by then, or to do what other
+    programs would.
     Raises RuntimeError when all warps wait, or seem to, IndexError for an access outside of the tensors.
     """
     instructions, labels, tables, parameters = parse(ptx, kernel)
     warps = int(re.search(r"\.reqntid (\d+)", ptx)[1]) // LANES
-    machine, values = Machine(threads=warps * LANES, on_release=on_release), []
+    machine, values = Machine(threads=warps * LANES, on_atomic=on_atomic), []
     for argument in arguments:
         if isinstance(argument, TensorMap):
             machine.maps.append(argument)

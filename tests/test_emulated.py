@@ -130,7 +130,9 @@ def test_bands_are_summed_once_they_are_stored(late):
     widths = [min(edge, -(-D // roles.BLOCK_N)) - first for first, edge in zip((0, *edges), (*edges, D), strict=True)]
     whole_B, counted = [plan.tile_count.item() * width for width in widths], []
 
-    def look() -> None:
+    def look(releases: bool) -> None:
+        if not releases:
+            return
         counted.append(plan.done_B.tolist())
         for band, (done, whole) in enumerate(zip(counted[-1], whole_B, strict=True)):
             first = (0, *edges)[band] * roles.BLOCK_N
@@ -140,7 +142,7 @@ def test_bands_are_summed_once_they_are_stored(late):
     emulate(ptx_of("down_combine_kernel", True, late, COMBINED), "down_combine_kernel",
             [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
              plan.tile_count, given.D8, given.F8, given.row_of_slot_TK, given.scores_TK, out_TD, plan.done_B, T,
-             *edges, plan.done_up], on_release=look)
+             *edges, plan.done_up], on_atomic=look)
     assert error(y_RD[:-SPARE], given.y_RD) < BOUND
     assert counted[-1] == whole_B
     assert len(counted) == sum(width > 0 for width in widths), "a band is counted once"
@@ -159,20 +161,53 @@ def test_down_waits_for_what_up_counts(late):
     tiles_of_up, counted = plan.tile_count.item() * -(-2 * given.F8 * 8 // roles.BLOCK_N), []
     assert tiles_of_up == 9
 
-    def look() -> None:
+    def look(releases: bool) -> None:
+        if not releases:
+            return
         counted.append(plan.done_up.tolist())
         if counted[-1] == [6, 0]:  # those of the first two experts that have rows
             assert not hidden_RF[:161].isnan().any(), "counted before it is stored"
 
     emulate(ptx_of("up_gather_kernel", True, late), "up_gather_kernel",
             [given.x_TD, given.token_of_row_R, plan.claimed_up, weights(given.gate_up_E2FD, True), hidden_RF,
-             plan.tiles_X5, plan.tile_count, given.D8, given.F8, plan.done_up], on_release=look)
+             plan.tiles_X5, plan.tile_count, given.D8, given.F8, plan.done_up], on_atomic=look)
     assert counted == [[6, 0], [6, 3]]
     emulate(ptx_of("down_kernel", True, late, early=True), "down_kernel",
             [plan.claimed_down, TensorMap(hidden_RF[:-SPARE], (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
              plan.tile_count, given.D8, given.F8, plan.done_up])
     assert error(y_RD[:-SPARE], given.y_RD) < BOUND
     assert y_RD[-SPARE:].isnan().all()
+
+
+def test_a_program_that_gets_nothing_of_the_last_bands_counts_those_before():
+    """Others take all tiles of the later ones: what it leaves at its end is the band that its last tile was of."""
+    given = Problem(True, columns=1056)
+    (T, K), D = given.row_of_slot_TK.shape, given.D8 * 8
+    plan, y_RD, out_TD = given.plan(), given.out(D), torch.full((T, D), torch.nan).bfloat16()
+    edges = down_combine.edges_for(D, given.F8 * 8, K)
+    first_band, total = plan.tile_count.item() * edges[0], plan.tile_count.item() * -(-D // roles.BLOCK_N)
+
+    def take_the_rest(releases: bool) -> None:
+        if plan.claimed_down == first_band:
+            plan.claimed_down.fill_(total)
+            plan.done_B[1:] = total
+
+    emulate(ptx_of("down_combine_kernel", True, True, COMBINED), "down_combine_kernel",
+            [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
+             plan.tile_count, given.D8, given.F8, given.row_of_slot_TK, given.scores_TK, out_TD, plan.done_B, T, *edges,
+             plan.done_up], on_atomic=take_the_rest)
+    assert plan.done_B.tolist() == [first_band, total, total, total]
+    given = Problem(True)
+    plan, hidden_RF = given.plan(), given.out(given.F8 * 8)
+
+    def take_the_last(releases: bool) -> None:
+        if plan.claimed_up == 6:
+            plan.claimed_up.fill_(9)
+
+    emulate(ptx_of("up_gather_kernel", True, True), "up_gather_kernel",
+            [given.x_TD, given.token_of_row_R, plan.claimed_up, weights(given.gate_up_E2FD, True), hidden_RF,
+             plan.tiles_X5, plan.tile_count, given.D8, given.F8, plan.done_up], on_atomic=take_the_last)
+    assert plan.done_up.tolist() == [6, 0]
 
 
 @pytest.mark.parametrize("late", [True, False])
