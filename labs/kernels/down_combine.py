@@ -6,17 +6,18 @@ What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns
        sum (edges_for), all experts of a band before the next one, and combine.py's sum of a band's columns while the
        next band is multiplied. The last band's sum is left to combine.py.
 Why    The combine waits for memory, the GEMM for the tensor cores: one after the other, each leaves the other's idle.
-How    64 spare threads copy a token's K rows, 512 columns of each, into a ring of their own, some tokens ahead
-       (cp.async, no registers), and before that the rows' numbers, and add them up in float32.
+How    Each of two spare warps copies a token's K rows, 256 columns of each, into a ring of its own, three turns ahead
+       (cp.async, no registers), and before that the rows' numbers, and adds them up in float32. Two roles of one warp,
+       as a role of two would have barriers in each turn (LOG.md, row 42).
 
     producer    1 warp          TMA: rows and weights of a stage, as in roles.py
     consumers   2 warpgroups    multiply a tile, store the one before beside it (late_store.py); at a program's first
                                 tile of a later band, store what waits and say so to the producer, which counts
                                 the program's tiles of the band in done[band]
-    combiner    2 warps         wait until done[band] is all of it; then sum every grid-th token
+    combiners   2 of 1 warp     each: wait until done[band] is all of it; then sum every (2 * grid)-th token
 
-Costs  hidden is read once a band. The combiner of one program waits for the tiles of others, but only for such as a
-       running program has claimed or will: it needs no program that has not begun. y still takes R * D values.
+Costs  hidden is read once a band. The combiners of one program wait for the tiles of others, but only for such as a
+       running program has claimed or will: they need no program that has not begun. y still takes R * D values.
 
     index array     shape     from -> to
     row_of_slot_TK  (T, K)    token, choice -> sorted row
@@ -58,15 +59,18 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # In kernels M, N and K are the GEMM tile's axes; top-k is TOP_K.
 
-COLUMNS = 512  # of a token that the combiner sums at a time: 16 bytes a thread and row
-SLOTS = 32  # rows of the combiner's ring, 1 KB each: what the GEMM's ring leaves of shared memory
+COMBINERS = 2  # warps
+COLUMNS = 256  # of a token that a combiner sums in a turn: 16 bytes a thread and row
+SLOTS = 32  # rows of a combiner's ring, 512 bytes each: half of what the GEMM's ring leaves of shared memory
 MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more would not fit into registers
+BAND_TILES = 2  # column tiles that bands come in: bands of one were slower (LOG.md, rows 41 and 43)
 
 # Rows, and rows an expert, from which the sum beside the GEMM was no slower than one after it (LOG.md). With fewer, the
 # GEMM waits for memory itself, and reading hidden once a band costs more than the sum.
 LEAST_ROWS, LEAST_MEAN_ROWS = 16384, 512
-HIDING = 4096  # K * F whose multiply takes half as long again as the sum of K rows, as LOG.md reckons
+HIDING = 4096  # K * F whose multiply takes a tenth longer than the sum of K rows (LOG.md, row 42)
 
+_COMBINERS = gl.constexpr(COMBINERS)
 _SLOTS = gl.constexpr(SLOTS)
 _COLUMNS = gl.constexpr(COLUMNS)
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -75,10 +79,20 @@ _NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 # ------------------------------------------------------------------------------------------------------ combiner
 @gluon.jit
-def next_item(token, block, blocks, grid):
-    """The next block of columns of a token, or the first of this program's next token."""
+def open_combiner(CHOICES: gl.constexpr):
+    """A combiner's buffers: rows of y in as many stages as SLOTS holds, and places for twice as many turns' row numbers
+    and scores."""
+    slots = gl.allocate_shared_memory(gl.bfloat16, [_SLOTS // CHOICES, CHOICES, _COLUMNS], _FLAT)
+    rows_of = gl.allocate_shared_memory(gl.int32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
+    scores_of = gl.allocate_shared_memory(gl.float32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
+    return slots, rows_of, scores_of
+
+
+@gluon.jit
+def next_item(token, block, blocks, step):
+    """The next block of columns of a token, or the first of this combiner's next token."""
     last = block == blocks - 1
-    return gl.where(last, token + grid, token), gl.where(last, 0, block + 1)
+    return gl.where(last, token + step, token), gl.where(last, 0, block + 1)
 
 
 @gluon.jit
@@ -89,54 +103,67 @@ def ask(row_of_slot_ptr, scores_ptr, token, T, rows_of, scores_of, item, TOP_K: 
     Not into registers: a loop that passes on what it has loaded waits for it in the same turn.
     """
     PLACES: gl.constexpr = rows_of.shape[0]
-    k = gl.arange(0, rows_of.shape[1], layout=gl.BlockedLayout([1], [32], [2], [0]))
+    k = gl.arange(0, rows_of.shape[1], layout=gl.BlockedLayout([1], [32], [1], [0]))
     first = gl.minimum(token, T - 1) * TOP_K
     async_copy.async_copy_global_to_shared(rows_of.index(item & PLACES - 1), row_of_slot_ptr + first + k, k < TOP_K)
     async_copy.async_copy_global_to_shared(scores_of.index(item & PLACES - 1), scores_ptr + first + k, k < TOP_K)
 
 
 @gluon.jit
-def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk, edges, slots, rows_of, scores_of,
-                  TOP_K: gl.constexpr):
-    """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for every grid-th token and
-    all bands but the last, which are whole blocks.
+def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk, edges, buffers,
+                  TOP_K: gl.constexpr, WARP: gl.constexpr):
+    """out[t] = sum of scores[t, k] * y[row_of_slot[t, k]] over k in float32, rounded once, for the tokens of combiner
+    WARP of this program and all bands but the last, which are whole blocks.
 
-    A turn sums a block of a token's columns, copies the y of another, as many turns ahead as the ring holds, and asks
-    for the row numbers of a third, as many ahead of that.
+    A turn copies the y of a block of a token's columns, asks for the row numbers of another, as many turns ahead as the
+    ring holds, and sums a third, copied as many turns ago: in this order, so that a copy has that many turns to land.
     """
+    slots, rows_of, scores_of = buffers
     STAGES: gl.constexpr = slots.shape[0]
     CHOICES: gl.constexpr = slots.shape[1]
     PLACES: gl.constexpr = rows_of.shape[0]
     AHEAD: gl.constexpr = STAGES - 1
     PAIRS: gl.constexpr = _COLUMNS // 2
-    layout: gl.constexpr = gl.BlockedLayout([CHOICES, 8], [1, 32], [1, 2], [1, 0])
-    pair_layout: gl.constexpr = gl.BlockedLayout([CHOICES, 4], [1, 32], [1, 2], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([CHOICES, 8], [1, 32], [1, 1], [1, 0])
+    pair_layout: gl.constexpr = gl.BlockedLayout([CHOICES, 4], [1, 32], [1, 1], [1, 0])
     pairs = slots._reinterpret(gl.int32, [STAGES, CHOICES, PAIRS], _FLAT)
     out_pairs_ptr = out_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     k = gl.arange(0, CHOICES, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, layout))
     pair = gl.arange(0, PAIRS, layout=gl.SliceLayout(0, pair_layout))
-    program = gl.program_id(0)
-    grid = gl.num_programs(0)
+    first_token = gl.program_id(0) * _COMBINERS + WARP
+    step = gl.num_programs(0) * _COMBINERS
     _tiles_ptr, total, column_tiles, _k_steps = walk
     for band in range(0, band_of(edges, column_tiles - 1)):
         left = edge_of(edges, band) * _BLOCK_N
         right = edge_of(edges, band + 1) * _BLOCK_N
         blocks = (right - left) // _COLUMNS
-        items = gl.cdiv(gl.maximum(T - program, 0), grid) * blocks
-        asked_token = program
+        items = gl.cdiv(gl.maximum(T - first_token, 0), step) * blocks
+        asked_token = first_token
         asked_block = 0
-        for turn in range(AHEAD):  # before the band is there, as these do not depend on it
+        for turn in range(STAGES):  # before the band is there, as these do not depend on it
             ask(row_of_slot_ptr, scores_ptr, asked_token, T, rows_of, scores_of, turn, TOP_K)
-            async_copy.commit_group()
-            asked_token, asked_block = next_item(asked_token, asked_block, blocks, grid)
+            asked_token, asked_block = next_item(asked_token, asked_block, blocks, step)
+        async_copy.commit_group()
         wait_for(done_ptr + band, total // column_tiles * (edge_of(edges, band + 1) - edge_of(edges, band)))
+        async_copy.wait_group(0)
         copied_block = 0
-        summed_token = program
+        summed_token = first_token
         summed_block = 0
-        for turn in range(0, items + AHEAD):  # item turn is copied, turn - AHEAD summed, turn + AHEAD asked for
-            async_copy.wait_group(AHEAD - 1)
+        for turn in range(0, items + AHEAD):  # item turn is copied, turn + STAGES asked for, turn - AHEAD summed
             rows = rows_of.index(turn & PLACES - 1).load(gl.SliceLayout(1, layout))
+            column = left + copied_block * _COLUMNS + c
+            # R * D passes 2**31 at real sizes; in one instruction, where 64 by 64 bits would take four.
+            start = gl.inline_asm_elementwise("mul.wide.u32 $0, $1, $2;", "=l,r,r", [rows, gl.full_like(rows, 1) * D8],
+                                              dtype=gl.int64, is_pure=True, pack=1) * 8
+            async_copy.async_copy_global_to_shared(
+                slots.index(turn & STAGES - 1), (y_ptr + column)[None, :] + start[:, None],
+                ((k < TOP_K) & (turn < items))[:, None])
+            ask(row_of_slot_ptr, scores_ptr, asked_token, T, rows_of, scores_of, turn + STAGES, TOP_K)
+            async_copy.commit_group()
+            asked_token, asked_block = next_item(asked_token, asked_block, blocks, step)
+            copied_block = gl.where(copied_block == blocks - 1, 0, copied_block + 1)
+            async_copy.wait_group(AHEAD)
             if turn >= AHEAD:
                 item = turn - AHEAD
                 scores = scores_of.index(item & PLACES - 1).load(gl.SliceLayout(1, pair_layout))
@@ -147,19 +174,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
                                                     dtype=gl.int32, is_pure=True, pack=1)
                 at = left // 2 + summed_block * PAIRS + pair
                 gl.store(out_pairs_ptr + summed_token.to(gl.int64) * (D8 * 4) + at, rounded)
-                summed_token, summed_block = next_item(summed_token, summed_block, blocks, grid)
-            column = left + copied_block * _COLUMNS + c
-            inside = (column < right) & (turn < items)
-            # R * D passes 2**31 at real sizes; in one instruction, where 64 by 64 bits would take four.
-            start = gl.inline_asm_elementwise("mul.wide.u32 $0, $1, $2;", "=l,r,r", [rows, gl.full_like(rows, 1) * D8],
-                                              dtype=gl.int64, is_pure=True, pack=1) * 8
-            async_copy.async_copy_global_to_shared(
-                slots.index(turn & STAGES - 1), y_ptr + start[:, None] + column[None, :],
-                (k < TOP_K)[:, None] & inside[None, :])
-            ask(row_of_slot_ptr, scores_ptr, asked_token, T, rows_of, scores_of, turn + AHEAD, TOP_K)
-            async_copy.commit_group()
-            asked_token, asked_block = next_item(asked_token, asked_block, blocks, grid)
-            copied_block = gl.where(copied_block == blocks - 1, 0, copied_block + 1)
+                summed_token, summed_block = next_item(summed_token, summed_block, blocks, step)
         async_copy.wait_group(0)
 
 
@@ -191,14 +206,13 @@ def down_combine_kernel(
     """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8; second, third
     and fourth the first column tiles of these bands (edge_of in roles.py); CHOICES the power of 2 from TOP_K on.
 
-    Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns, and every grid-th token.
+    Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns, and two tokens of every grid * 2.
     """
     dealt: gl.constexpr = len(down_desc.block_type.shape) == 5
     ring = open_ring(1)
     stored = open_barriers(1, _WARPGROUPS)
-    slots = gl.allocate_shared_memory(gl.bfloat16, [_SLOTS // CHOICES, CHOICES, _COLUMNS], _FLAT)
-    rows_of = gl.allocate_shared_memory(gl.int32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
-    scores_of = gl.allocate_shared_memory(gl.float32, [2 * _SLOTS // CHOICES, CHOICES], _NUMBERS)
+    combiner0 = open_combiner(CHOICES)
+    combiner1 = open_combiner(CHOICES)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     begin(EARLY)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
@@ -206,32 +220,34 @@ def down_combine_kernel(
     gl.warp_specialize([
         (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 0, stored)),
         (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 1, stored)),
-        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk, edges, slots,
-                         rows_of, scores_of, TOP_K)),
+        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk, edges, combiner0,
+                         TOP_K, 0)),
+        (combine_bands, (y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, walk, edges, combiner1,
+                         TOP_K, 1)),
         (produce_hidden, (hidden_desc, down_desc, walk, edges, claimed_ptr, D, ring, done_up_ptr, F8, EARLY,
                           done_ptr, stored)),
-    ], [4, 2, 1], [224, 56, 56])
+    ], [4, 1, 1, 1], [224, 56, 56, 56])
 
 
 # ------------------------------------------------------------------------------------------------------ launcher
 def pays(R: int, D: int, E: int, K: int) -> bool:
     """Whether R rows of E experts are better summed beside the GEMM than after it. Measured on an H200 (LOG.md). Up to
-    COLUMNS columns are one band, whose sum has nothing to run beside."""
-    return K <= MOST_CHOICES and D > COLUMNS and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
+    BAND_TILES column tiles are one band, whose sum has nothing to run beside."""
+    return K <= MOST_CHOICES and D > BAND_TILES * BLOCK_N and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
 
 
 def edges_for(D: int, F: int, K: int) -> tuple[int, int, int]:
     """The first column tiles of bands 2 to 4; where there is none, the end of the last.
 
-    Each band takes of the columns that are left, in whole blocks of the combiner's, as many as can be summed while the
+    Each band takes of the columns that are left, in twos (BAND_TILES), as many as can be summed while the
     rest is multiplied, or half: a column of a token takes K * F steps of the multiply, and its sum less than HIDING of
     them. So bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
     """
     tiles, edges, steps = triton.cdiv(D, BLOCK_N), [0], max(K * F, HIDING)
     for _ in range(BANDS - 1):
         left = tiles - edges[-1]
-        blocks = max(1, left * steps // (2 * (steps + HIDING)))
-        edges.append(edges[-1] + min(left, 2 * blocks))
+        widths = max(1, left * steps // (BAND_TILES * (steps + HIDING)))
+        edges.append(edges[-1] + min(left, BAND_TILES * widths))
     return tuple(edges[1:])
 
 
