@@ -3,9 +3,9 @@
     emulate(ptx, "down_kernel", [tensor, TensorMap(...), 7, ...])
 
 Every warp is 32 lanes in lock step, an instruction of it one step of NumPy. Warps take turns, in a shuffled order, each
-until it waits. Asynchronous work is done when it is asked for, so what an order of memory (fences, proxies, copies that
-are late) would break on a GPU is not seen here; masks, addresses, phases of barriers and who holds what are. Reads
-and writes outside of the tensors raise.
+until it waits. Asynchronous work is done when it is asked for or, if `slow`, later: so what is read before it is there
+shows, and what is overwritten before wgmma has read it. What fences are for does not. Masks, addresses, phases of
+barriers and who holds what do, and reads and writes outside of the tensors raise.
 
 Takes what the grouped GEMMs are made of, of PTX ISA 8.7 (https://docs.nvidia.com/cuda/parallel-thread-execution), and
 raises NotImplementedError for all else.
@@ -67,8 +67,25 @@ class Barrier:
 
 
 @dataclass
+class Work:
+    """Asynchronous work: asked for, and done once."""
+
+    do: Callable[[], None] | None
+
+    def finish(self) -> None:
+        if self.do:
+            do, self.do = self.do, None
+            do()
+
+
+@dataclass
 class Machine:
     """What the warps of a program share."""
+
+    slow: bool = False
+    chance: random.Random = field(default_factory=random.Random)
+    asked: list[Work] = field(default_factory=list)  # if slow: what ends with a barrier, of this turn of all warps
+    coming: list[Work] = field(default_factory=list)  # and of the one before
 
     buffers: list[np.ndarray] = field(default_factory=list)
     maps: list[TensorMap] = field(default_factory=list)
@@ -105,6 +122,23 @@ class Warp:
     meeting: int | None = None
     registers: dict[str, np.ndarray] = field(default_factory=dict)
     done: bool = False
+    copies: list[list[Work]] = field(default_factory=lambda: [[]])  # if slow: cp.async's groups, the last one open
+    reads: list[list[Work]] = field(default_factory=lambda: [[]])  # wgmma's
+
+    def ask(self, groups: list[list[Work]], do: Callable[[], None]) -> None:
+        """Work for the open group; done at once unless work is slow."""
+        if self.machine.slow:
+            groups[-1].append(Work(do))
+        else:
+            do()
+
+    def ask_with_barrier(self, do: Callable[[], None]) -> None:
+        """Work that ends by a barrier: done at once or, if slow, every other time, when all warps have had a turn after
+        this one."""
+        if self.machine.slow and self.machine.chance.random() < 0.5:
+            self.machine.asked.append(Work(do))
+        else:
+            do()
 
 
 # ---- text to instructions ------------------------------------------------------------------------
@@ -270,8 +304,7 @@ UNARY = {"mov": lambda a: a, "neg": np.negative, "not": np.bitwise_not, "ex2": n
          "rcp": lambda a: (np.float32(1) / a).astype(np.float32)}
 SPECIAL = {"%tid.x": lambda warp: warp * LANES + np.arange(LANES), "%ctaid.x": lambda _: np.zeros(LANES),
            "%nctaid.x": lambda _: np.ones(LANES)}
-NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "bar.warp.sync",
-           "cp.async.commit_group", "cp.async.wait_group", "membar")
+NOTHING = ("fence", "setmaxnreg", "wgmma.fence", "bar.warp.sync", "membar")
 
 
 def swizzled(at: np.ndarray, swizzle: int = 128) -> np.ndarray:
@@ -282,6 +315,7 @@ def swizzled(at: np.ndarray, swizzle: int = 128) -> np.ndarray:
 def multiply_accumulate(warp: Warp, one: Instruction) -> None:
     """wgmma of 64 rows by N by 16: this warp's 16 rows. An operand has 8 of its rows, or transposed 8 of the inner
     dimension, in 1024 bytes under 128-byte swizzle; transposed, its next 64 rows are as far off as the descriptor says.
+    If work is slow, the operands are read again when it is waited for, and must not have changed.
     """
     N = int(re.search(r"n(\d+)k16", one.opcode)[1])
     names, (a, b, scale, *signs) = members(one.operands[0]), one.operands[1:]
@@ -289,7 +323,7 @@ def multiply_accumulate(warp: Warp, one: Instruction) -> None:
         raise NotImplementedError(f"wgmma with {signs}")
     use = read(warp, scale, "pred")[0]
 
-    def operand(name: str, first: int, rows: int, transposed: bool) -> np.ndarray:
+    def places(name: str, first: int, rows: int, transposed: bool) -> np.ndarray:
         described = int(read(warp, name, "u64")[0])
         if described >> 62 != 1 or (described >> 32 & 0x3FFF) << 4 != 1024:
             raise NotImplementedError(f"wgmma descriptor {described:#x}")
@@ -298,16 +332,26 @@ def multiply_accumulate(warp: Warp, one: Instruction) -> None:
             at = row // 64 * ((described >> 16 & 0x3FFF) << 4) + inner // 8 * 1024 + inner % 8 * 128 + row % 64 * 2
         else:
             at = row // 8 * 1024 + row % 8 * 128 + inner * 2
-        found = swizzled(((described & 0x3FFF) << 4) + at)
-        return from_bf16(warp.machine.shared[found].astype(np.uint32)
-                         | warp.machine.shared[found + 1].astype(np.uint32) << 8)
+        return swizzled(((described & 0x3FFF) << 4) + at)
 
-    product = operand(a, warp.number % 4 * 16, 16, signs[2] == "1") @ operand(b, 0, N, signs[3] == "1").T
-    lane = np.arange(LANES)
+    def operand(at: np.ndarray) -> np.ndarray:
+        shared = warp.machine.shared
+        return from_bf16(shared[at].astype(np.uint32) | shared[at + 1].astype(np.uint32) << 8)
+
+    at_rows, at_columns = places(a, warp.number % 4 * 16, 16, signs[2] == "1"), places(b, 0, N, signs[3] == "1")
+    rows, columns = operand(at_rows), operand(at_columns)
+    product, lane = rows @ columns.T, np.arange(LANES)
     for register, name in enumerate(names):
         row, column = lane // 4 + register // 2 % 2 * 8, lane % 4 * 2 + register // 4 * 8 + register % 2
         before = read(warp, name, "f32") if use else np.float32(0)
         warp.registers[name] = (before + product[row, column]).astype(np.float32).view(np.uint32)
+
+    def look_again() -> None:
+        for at, then in ((at_rows, rows), (at_columns, columns)):
+            assert np.array_equal(operand(at), then, equal_nan=True), "shared memory changed while wgmma read it"
+
+    if warp.machine.slow:
+        warp.ask(warp.reads, look_again)
 
 
 def copy_box(warp: Warp, one: Instruction, lane: int) -> None:
@@ -316,16 +360,53 @@ def copy_box(warp: Warp, one: Instruction, lane: int) -> None:
     handle, places = re.match(r"\[\s*(\S+?),\s*\{(.*)\}\s*\]", one.operands[1]).groups()
     found = machine.maps[int(read(warp, handle, "u64")[lane]) - 1]
     corner = [int(read(warp, place, "s32")[lane]) for place in members(places)][::-1]
-    values = np.zeros(found.box, np.uint16)
     source, target = [], []
     for start, size, whole in zip(corner, found.box, found.view.shape, strict=True):
         first, last = max(start, 0), min(start + size, whole)
         source.append(slice(first, max(first, last)))
         target.append(slice(first - start, max(first, last) - start))
-    values[tuple(target)] = found.view[tuple(source)].contiguous().view(torch.int16).numpy().view(np.uint16)
-    at = swizzled(int(address(warp, one.operands[0], "u32")[lane]) + np.arange(values.nbytes), found.swizzle)
-    machine.shared[at] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-    machine.barriers[int(address(warp, one.operands[2], "u32")[lane])].settle(0, -values.nbytes)
+    count = 2 * int(np.prod(found.box))
+    at = swizzled(int(address(warp, one.operands[0], "u32")[lane]) + np.arange(count), found.swizzle)
+    barrier = machine.barriers[int(address(warp, one.operands[2], "u32")[lane])]
+
+    def land() -> None:
+        values = np.zeros(found.box, np.uint16)
+        values[tuple(target)] = found.view[tuple(source)].contiguous().view(torch.int16).numpy().view(np.uint16)
+        machine.shared[at] = values.view(np.uint8).reshape(-1)
+        barrier.settle(0, -count)
+
+    warp.ask_with_barrier(land)
+
+
+def copy_lanes(warp: Warp, one: Instruction, active: np.ndarray) -> None:
+    """cp.async: each lane's bytes to shared memory, or zeros."""
+    machine, ops = warp.machine, one.operands
+    size = int(ops[2], 0)
+    copied = read(warp, ops[3], "u32") if len(ops) > 3 else np.full(LANES, size)
+    if not np.isin(copied[active], (0, size)).all():
+        raise NotImplementedError("cp.async of a part, with zeros behind it")
+    if not active.any():
+        return
+    shared, zeroed = machine.at(address(warp, ops[0], "u32")[active], size, True)
+    from_global = active & (copied > 0)
+    moved = []
+    if from_global.any():
+        moved = [(machine.at(address(warp, ops[0], "u32")[from_global], size, True)[1],
+                  *machine.at(address(warp, ops[1], "u64")[from_global], size, False))]
+
+    def land() -> None:
+        shared[zeroed] = 0
+        for to, source, at in moved:
+            shared[to] = source[at]
+
+    warp.ask(warp.copies, land)
+
+
+def wait_for_groups(groups: list[list[Work]], pending: int) -> None:
+    """Finish all committed groups but the last `pending`."""
+    for _ in range(len(groups) - 1 - pending):
+        for work in groups.pop(0):
+            work.finish()
 
 
 def meet(warp: Warp, one: Instruction) -> Wait | None:
@@ -374,9 +455,22 @@ def load_matrices(warp: Warp, one: Instruction) -> None:
 
 
 def arrivals(warp: Warp, one: Instruction, parts: list[str], active: np.ndarray) -> None:
-    """mbarrier.init, mbarrier.arrive with or without bytes announced, and cp.async's arrival."""
+    """mbarrier.init, mbarrier.arrive with or without bytes announced, and cp.async's arrival, after its copies."""
     barriers = warp.machine.barriers
     places = [operand for operand in one.operands if operand.startswith("[")]
+    if one.opcode.startswith("cp.async"):
+        copies = [work for group in warp.copies for work in group]
+        reached = [barriers[int(at)] for at in address(warp, places[0], "u32")[active]]
+
+        def arrive() -> None:
+            for work in copies:
+                work.finish()
+            for barrier in reached:
+                barrier.settle(1)
+
+        warp.copies = [[]]
+        warp.ask_with_barrier(arrive)
+        return
     for lane in np.flatnonzero(active):
         at = int(address(warp, places[0], "u32")[lane])
         if "init" in parts:
@@ -421,18 +515,11 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
         for lane in np.flatnonzero(active):
             copy_box(warp, one, lane)
     elif one.opcode.startswith(("cp.async.cg", "cp.async.ca")):
-        size = int(ops[2], 0)
-        copied = read(warp, ops[3], "u32") if len(ops) > 3 else np.full(LANES, size)
-        if not np.isin(copied[active], (0, size)).all():
-            raise NotImplementedError("cp.async of a part, with zeros behind it")
-        from_global = active & (copied > 0)
-        if active.any():
-            to, where = machine.at(address(warp, ops[0], "u32")[active], size, True)
-            to[where] = 0
-        if from_global.any():
-            to, where = machine.at(address(warp, ops[0], "u32")[from_global], size, True)
-            source, at = machine.at(address(warp, ops[1], "u64")[from_global], size, False)
-            to[where] = source[at]
+        copy_lanes(warp, one, active)
+    elif one.opcode.startswith(("cp.async.commit_group", "wgmma.commit_group")):
+        (warp.copies if name == "cp" else warp.reads).append([])
+    elif one.opcode.startswith(("cp.async.wait_group", "wgmma.wait_group")):
+        wait_for_groups(warp.copies if name == "cp" else warp.reads, int(ops[0]))
     elif name in ("ld", "st") and parts[1] in ("global", "shared"):
         memory(warp, one, parts, active)
     elif one.opcode == "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
@@ -506,18 +593,21 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
 
 
 def emulate(
-    ptx: str, kernel: str, arguments: list, seed: int = 0, on_atomic: Callable[[bool], None] = lambda releases: None
+    ptx: str, kernel: str, arguments: list, seed: int = 0, on_atomic: Callable[[bool], None] = lambda releases: None,
+    slow: bool = False,
 ) -> int:
     """Run a program of a grid of one, whose tensors are changed in place; how many instructions its warps executed.
 
     arguments: in the kernel's order: tensors, TensorMaps, integers. seed: of the order in which warps take turns.
     on_atomic: called after each atomic with whether it releases, to look at what is stored by then, or to do what other
-    programs would.
-    Raises RuntimeError when all warps wait, or seem to, IndexError for an access outside of the tensors.
+    programs would. slow: copies of a group end when they are waited for, what ends with a barrier, every other time,
+    when all warps have had a turn after the one that asked, and wgmma's operands are read until it is waited for.
+    Raises AssertionError if these change meanwhile, RuntimeError when all warps wait, or seem to, IndexError for an
+    access outside of the tensors.
     """
     instructions, labels, tables, parameters = parse(ptx, kernel)
     warps = int(re.search(r"\.reqntid (\d+)", ptx)[1]) // LANES
-    machine, values = Machine(threads=warps * LANES, on_atomic=on_atomic), []
+    machine, values = Machine(slow, random.Random(seed), threads=warps * LANES, on_atomic=on_atomic), []
     for argument in arguments:
         if isinstance(argument, TensorMap):
             machine.maps.append(argument)
@@ -551,7 +641,11 @@ def emulate(
                         break
                     executed += 1
                     place[warp.number] = place[warp.number] + 1 if found is None else found
-            if executed == before or executed > MOST:
+            late = bool(machine.coming or machine.asked)
+            for work in machine.coming:
+                work.finish()
+            machine.coming, machine.asked = machine.asked, []
+            if (executed == before and not late) or executed > MOST:
                 raise RuntimeError("nothing goes on: " + "; ".join(
                     f"{warp.number} at {instructions[place[warp.number]].opcode}" for warp in order))
     return executed

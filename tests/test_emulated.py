@@ -74,7 +74,8 @@ def ptx_of(kernel: str, dealt: bool, late: bool | None, constants: dict | None =
     return compile_all([asked])[asked.name].ptx
 
 
-def run(kernel: str, dealt: bool, late: bool | None, given: Problem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def run(kernel: str, dealt: bool, late: bool | None, given: Problem, seed: int,
+        slow: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel's output and what it should be."""
     tall, up = kernel.startswith("tall"), "up" in kernel
     plan, out = given.plan(tall), given.out(given.F8 * 8 if up else given.D8 * 8)
@@ -92,7 +93,7 @@ def run(kernel: str, dealt: bool, late: bool | None, given: Problem, seed: int) 
         arguments = [rows, *claimed, operand, *table]
     else:
         arguments = [*claimed, rows, operand, *table, *([] if tall else [plan.done_up])]
-    emulate(ptx_of(kernel, dealt, late), kernel, arguments, seed)
+    emulate(ptx_of(kernel, dealt, late), kernel, arguments, seed, slow=slow)
     return out, (given.hidden_RF if up else given.y_RD)
 
 
@@ -114,15 +115,16 @@ def test_answers_are_the_float64_ones(kernel, late, dealt):
     assert out[-SPARE:].isnan().all(), "stored past the end"
 
 
-@pytest.mark.parametrize("kernel", ["up_gather_kernel", "down_kernel"])
-def test_the_order_in_which_warps_run_changes_nothing(kernel):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_when_warps_run_and_copies_land_changes_nothing(kernel):
     given = Problem(True)
-    first, *others = (run(kernel, True, True, given, seed)[0] for seed in (0, 1, 2))
+    orders = [(0, False), (1, False), (2, True), (3, True)]
+    first, *others = (run(kernel, True, True, given, seed, slow)[0] for seed, slow in orders)
     assert all(torch.equal(first.view(torch.int16), out.view(torch.int16)) for out in others)
 
 
-@pytest.mark.parametrize("late", [True, False])
-def test_bands_are_summed_once_they_are_stored(late):
+@pytest.mark.parametrize(("late", "slow"), [(True, False), (True, True), (False, False)])
+def test_bands_are_summed_once_they_are_stored(late, slow):
     given = Problem(True, columns=1056)
     (T, K), D = given.row_of_slot_TK.shape, given.D8 * 8
     plan, y_RD, out_TD = given.plan(), given.out(D), torch.full((T, D), torch.nan).bfloat16()
@@ -142,7 +144,7 @@ def test_bands_are_summed_once_they_are_stored(late):
     emulate(ptx_of("down_combine_kernel", True, late, COMBINED), "down_combine_kernel",
             [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
              plan.tile_count, given.D8, given.F8, given.row_of_slot_TK, given.scores_TK, out_TD, plan.done_B, T,
-             *edges, plan.done_up], on_atomic=look)
+             *edges, plan.done_up], on_atomic=look, slow=slow)
     assert error(y_RD[:-SPARE], given.y_RD) < BOUND
     assert counted[-1] == whole_B
     assert len(counted) == sum(width > 0 for width in widths), "a band is counted once"
@@ -210,22 +212,22 @@ def test_a_program_that_gets_nothing_of_the_last_bands_counts_those_before():
     assert plan.done_up.tolist() == [6, 0]
 
 
-@pytest.mark.parametrize("late", [True, False])
-def test_weights_as_they_lie(late):
+@pytest.mark.parametrize(("late", "slow"), [(True, False), (True, True), (False, False)])
+def test_weights_as_they_lie(late, slow):
     """y times down, straight: what dX~ is made by."""
     given = Problem(False)
     plan, y_RD, out_RF = given.plan(), given.y_RD.bfloat16(), given.out(given.F8 * 8)
     emulate(ptx_of("straight_kernel", True, late), "straight_kernel",
             [plan.claimed_down, TensorMap(y_RD, (64, 64)), TensorMap(given.down_EDF, (1, 64, 64)), out_RF,
-             plan.tiles_X5, plan.tile_count, given.F8, given.D8])
+             plan.tiles_X5, plan.tile_count, given.F8, given.D8], slow=slow)
     assert error(out_RF[:-SPARE], given.per_expert(y_RD, lambda rows, e: rows @ given.down_EDF[e].double())) < BOUND
     assert out_RF[-SPARE:].isnan().all(), "stored past the end"
 
 
 @pytest.mark.parametrize("length", [1, 2])
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("accumulate", "slow"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("wide", [False, True])
-def test_weight_gradients(wide, accumulate, length):
+def test_weight_gradients(wide, accumulate, slow, length):
     """Experts of 330, 0, 200 and 130 rows: six steps, stored late, none, four and three, before the next tile."""
     torch.manual_seed(0)
     T, K, E, G, S = 330, 2, 4, 264, 136
@@ -237,15 +239,17 @@ def test_weight_gradients(wide, accumulate, length):
     out = out if accumulate else out.bfloat16()
     asked = weight_request(wide, accumulate)
     emulate(compile_all([asked])[asked.name].ptx, "weight_gemm_kernel",
-            [gathered_TG, token_of_row_R, TensorMap(sorted_RS, (64, 64)), out, offsets_E1, E, G // 8, S // 8, length])
+            [gathered_TG, token_of_row_R, TensorMap(sorted_RS, (64, 64)), out, offsets_E1, E, G // 8, S // 8, length],
+            slow=slow)
     for e, (first, end) in enumerate(itertools.pairwise(offsets_E1.tolist())):
         expected = gathered_TG[token_of_row_R[first:end].long()].double().T @ sorted_RS[first:end].double()
         found = out[e].double() - 0.5 * accumulate
         assert (found - (expected.T if wide else expected)).norm() <= BOUND * expected.norm(), f"expert {e}"
 
 
+@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("gathered", [True, False])
-def test_training(gathered):
+def test_training(gathered, slow):
     """What up keeps, and all that hidden_grad's epilogue makes of it."""
     given = Problem(False)
     (E, two_F, D), R, F = given.gate_up_E2FD.shape, given.token_of_row_R.numel(), given.F8 * 8
@@ -255,7 +259,7 @@ def test_training(gathered):
     asked = training_request("train_up_kernel", gathered)
     emulate(compile_all([asked])[asked.name].ptx, "train_up_kernel",
             [rows, given.token_of_row_R, plan.claimed_up, TensorMap(gate_up_E2FD.view(2 * E, F, D), (2, 128, 64)),
-             h_R2F, hidden_RF, plan.tiles_X5, plan.tile_count, given.D8, given.F8])
+             h_R2F, hidden_RF, plan.tiles_X5, plan.tile_count, given.D8, given.F8], slow=slow)
     exact_R2F = given.per_expert(given.rows_RD, lambda rows, e: rows @ gate_up_E2FD[e].double().T)
     gate, up = exact_R2F.chunk(2, dim=1)
     assert error(h_R2F[:-SPARE], exact_R2F) < BOUND
@@ -274,7 +278,7 @@ def test_training(gathered):
     emulate(compile_all([asked])[asked.name].ptx, "hidden_grad_kernel",
             [rows, given.token_of_row_R, plan.claimed_up, TensorMap(given.down_EDF, (1, 64, 64)), scores_R,
              TensorMap(h_R2F, (64, 32), swizzle=64), dh_R2F, scaled_RF, d_scores_XR, plan.tiles_X5, plan.tile_count, R,
-             given.D8, given.F8])
+             given.D8, given.F8], slow=slow)
     assert error(dh_R2F[:-SPARE], torch.cat([d_gate, d_up], dim=1)) < BOUND
     assert error(scaled_RF[:-SPARE], hidden.detach() * scores_R[:, None]) < BOUND
     assert error(d_scores_XR.sum(dim=0), (d_hidden_RF * hidden.detach()).sum(dim=1)) < BOUND
@@ -298,3 +302,26 @@ def test_a_wrong_count_of_arrivals_and_a_wrong_mask_show():
     plan = given.plan()
     with pytest.raises(IndexError, match="bytes"):
         emulate(ptx, "down_kernel", arguments(given.token_of_row_R.numel() - 1))
+
+
+def test_what_is_not_waited_for_shows():
+    """Slow work can tell: a copy that is used before it is there, a stage given back while it is multiplied."""
+    given = Problem(True, columns=1056)
+    (T, K), D = given.row_of_slot_TK.shape, given.D8 * 8
+    expected = (given.y_RD[given.row_of_slot_TK.long()] * given.scores_TK[..., None]).sum(dim=1)[:, :1024]
+
+    def error_with(right: str, wrong: str) -> float:
+        faulty, found = re.subn(right, wrong, ptx_of("down_combine_kernel", True, True, COMBINED))
+        assert found > 0
+        plan, y_RD, out_TD = given.plan(), given.out(D), torch.full((T, D), torch.nan).bfloat16()
+        emulate(faulty, "down_combine_kernel",
+                [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
+                 plan.tile_count, given.D8, given.F8, given.row_of_slot_TK, given.scores_TK, out_TD, plan.done_B, T,
+                 *down_combine.edges_for(D, given.F8 * 8, K), plan.done_up], slow=True)
+        return error(out_TD[:, :1024], expected)
+
+    assert error_with(r"(cp\.async\.wait_group\s+)15;", r"\g<1>15;") < BOUND
+    with pytest.raises(IndexError, match="addresses in no tensor"):  # of rows whose numbers are not there yet
+        error_with(r"(cp\.async\.wait_group\s+)15;", r"\g<1>16;")
+    with pytest.raises(AssertionError, match="changed while wgmma read it"):
+        error_with(r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 2;")
