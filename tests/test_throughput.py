@@ -115,6 +115,18 @@ def test_a_row_says_whether_its_memory_holds_the_parameters_and_which_was_asked_
     assert rows[0][0] == "3 (asked for)"
 
 
+def test_the_chart_has_hollow_points_where_the_parameters_do_not_fit(tmp_path):
+    assert throughput_of(tmp_path, "--config", "qwen3-30b-a3b", "--hardware", "h200") == 0
+    figures = json.loads(next(tmp_path.glob("*.json")).read_text())["figures"]
+
+    def hollow(figures: dict) -> list[int]:
+        (ax,) = throughput.draw(figures, "")[""].axes
+        return [count for line in ax.lines if line.get_gid() == "crowded" for count in line.get_xdata()]
+
+    assert hollow(figures) == [1, 2]
+    assert hollow(figures | {"parameters_gb": 1.0}) == []
+
+
 def test_the_table_tells_the_commits_of_forward_and_backward(tmp_path):
     assert throughput_of(tmp_path, "--config", "qwen3-30b-a3b") == 0
     record = json.loads(next(tmp_path.glob("*.json")).read_text())

@@ -352,7 +352,7 @@ def fits(figures: dict, gpus: int) -> bool:
 
 
 def draw(figures: dict, under: str) -> dict[str, Figure]:
-    """Tokens a day against GPUs: with the losses of scaling, without, and at the peak."""
+    """Tokens a day against GPUs: with the losses of scaling, without, and at the peak; hollow where memory is short."""
     backward = figures["backward"]
     pair = f", and a backward measured at commit {backward['commit']}" if backward["measured"] else ""
     fig, (ax,) = figure(f"{figures['config']}, {figures['mode']} on {figures['hardware']}: tokens a day against GPUs",
@@ -364,6 +364,9 @@ def draw(figures: dict, under: str) -> dict[str, Figure]:
                                     ("peak_per_day", COLORS[1], ":", "refused above: the GPUs' peak")):
         ax.plot(gpus, [one[key] / 1e9 for one in figures["curve"]], style, color=color, lw=4, ms=10, label=name,
                 gid=key)
+    if crowded := [one for one in figures["curve"] if not fits(figures, one["gpus"])]:
+        ax.plot([one["gpus"] for one in crowded], [one["tokens_per_day"] / 1e9 for one in crowded], "o", color="white",
+                mec=COLORS[0], mew=3, ms=12, label="the parameters do not fit: a share of a larger job", gid="crowded")
     case = figures["case"]
     ax.annotate(f"{case['gpus']} GPUs: {number(case['tokens_per_day'] / 1e9)} B tokens a day\n"
                 f"{number(case['days_per_trillion'])} days and ${case['dollars_per_trillion']:,.0f} a trillion tokens",
