@@ -3,9 +3,10 @@
     emulate(ptx, "down_kernel", [tensor, TensorMap(...), 7, ...])
 
 Every warp is 32 lanes in lock step, an instruction of it one step of NumPy. Warps take turns, in a shuffled order, each
-until it waits. Asynchronous work is done when it is asked for or, if `slow`, later: so what is read before it is there
-shows, and what is overwritten before wgmma has read it. What fences are for does not. Masks, addresses, phases of
-barriers and who holds what do, and reads and writes outside of the tensors raise.
+until it waits. Asynchronous copies are done when they are asked for or, if `slow`, later: so what is used before it is
+there shows, and what is overwritten before wgmma has read it. What fences are for does not, nor an accumulator that is
+read before its wgmma is waited for. Masks, addresses, phases of barriers and who holds what do, and reads and writes
+outside of the tensors raise.
 
 Takes what the grouped GEMMs are made of, of PTX ISA 8.7 (https://docs.nvidia.com/cuda/parallel-thread-execution), and
 raises NotImplementedError for all else.
@@ -133,8 +134,8 @@ class Warp:
             do()
 
     def ask_with_barrier(self, do: Callable[[], None]) -> None:
-        """Work that ends by a barrier: done at once or, if slow, every other time, when all warps have had a turn after
-        this one."""
+        """Work that ends by a barrier: done at once or, if slow, by chance in half of the cases, when all warps have
+        had a turn after this one."""
         if self.machine.slow and self.machine.chance.random() < 0.5:
             self.machine.asked.append(Work(do))
         else:
@@ -459,6 +460,8 @@ def arrivals(warp: Warp, one: Instruction, parts: list[str], active: np.ndarray)
     barriers = warp.machine.barriers
     places = [operand for operand in one.operands if operand.startswith("[")]
     if one.opcode.startswith("cp.async"):
+        if "noinc" not in parts:
+            raise NotImplementedError(f"{one.opcode}: an arrival that its phase does not count with")
         copies = [work for group in warp.copies for work in group]
         reached = [barriers[int(at)] for at in address(warp, places[0], "u32")[active]]
 
@@ -468,14 +471,16 @@ def arrivals(warp: Warp, one: Instruction, parts: list[str], active: np.ndarray)
             for barrier in reached:
                 barrier.settle(1)
 
-        warp.copies = [[]]
         warp.ask_with_barrier(arrive)
+        warp.copies = [[work for work in group if work.do] for group in warp.copies]
         return
     for lane in np.flatnonzero(active):
         at = int(address(warp, places[0], "u32")[lane])
         if "init" in parts:
             count = int(read(warp, one.operands[1], "u32")[lane])
             barriers[at] = Barrier(count, count)
+        elif "arrive" not in parts:
+            raise NotImplementedError(one.opcode)
         elif "expect_tx" in parts:
             barriers[at].settle(1, int(read(warp, one.operands[-1], "u32")[lane]))
         else:
@@ -552,7 +557,8 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
               active)
     elif name == "bfe":
         value, at, width = (read(warp, op, "u32") for op in ops[1:])
-        write(warp, ops[0], value >> at & ((np.uint32(1) << width) - np.uint32(1)), active)
+        left = value << (np.uint32(32) - at - width)
+        write(warp, ops[0], left.view(dtype_of(kind)) >> (np.uint32(32) - width).view(dtype_of(kind)), active)
     elif name in ("mul", "mad") and "wide" in parts:
         wide = dtype_of(kind[0] + str(2 * bits_of(kind)))
         value = read(warp, ops[1], kind).astype(wide) * read(warp, ops[2], kind).astype(wide)
@@ -600,8 +606,8 @@ def emulate(
 
     arguments: in the kernel's order: tensors, TensorMaps, integers. seed: of the order in which warps take turns.
     on_atomic: called after each atomic with whether it releases, to look at what is stored by then, or to do what other
-    programs would. slow: copies of a group end when they are waited for, what ends with a barrier, every other time,
-    when all warps have had a turn after the one that asked, and wgmma's operands are read until it is waited for.
+    programs would. slow: copies of a group end when they are waited for, what ends with a barrier in half of the cases,
+    by chance, when all warps have had a turn after the one that asked, and wgmma reads until it is waited for.
     Raises AssertionError if these change meanwhile, RuntimeError when all warps wait, or seem to, IndexError for an
     access outside of the tensors.
     """

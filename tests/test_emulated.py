@@ -30,14 +30,16 @@ COMBINED = {"TOP_K": 2, "CHOICES": 2}
 class Problem:
     """A layer whose experts have 101, 0, 60 and 41 rows: a tile with rows in both warpgroups, none, two halves.
 
-    Widths that TMA deals out, or that it does not; of several column tiles, the last one narrow.
+    Widths that TMA deals out, or that it does not; of several column tiles, the last one narrow. With K=3, expert 1 has
+    rows too.
     """
 
-    def __init__(self, dealt: bool, columns: int = 0):
+    def __init__(self, dealt: bool, columns: int = 0, T: int = 101, K: int = 2):
         D, F = (288, 320) if dealt else (264, 328)
-        T, E, K, D = 101, 4, 2, columns or D
+        E, D = 4, columns or D
         torch.manual_seed(0)
-        ids_TK = torch.stack([torch.zeros(T), torch.where(torch.arange(T) < 60, 2, 3)], dim=1).long()
+        choices = torch.zeros(T), torch.where(torch.arange(T) < 60, 2, 3), torch.ones(T)
+        ids_TK = torch.stack(choices[:K], dim=1).long()
         self.offsets_E1, tokens, self.row_of_slot_TK = dispatch(ids_TK, E)
         self.token_of_row_R, self.scores_TK = tokens[: T * K].contiguous(), torch.rand(T, K)
         self.x_TD = torch.randn(T, D).bfloat16()
@@ -123,10 +125,11 @@ def test_when_warps_run_and_copies_land_changes_nothing(kernel):
     assert all(torch.equal(first.view(torch.int16), out.view(torch.int16)) for out in others)
 
 
-@pytest.mark.parametrize(("late", "slow"), [(True, False), (True, True), (False, False)])
-def test_bands_are_summed_once_they_are_stored(late, slow):
-    given = Problem(True, columns=1056)
-    (T, K), D = given.row_of_slot_TK.shape, given.D8 * 8
+@pytest.mark.parametrize(("T", "K", "late", "slow"), [(101, 2, True, False), (101, 2, True, True),
+                                                      (101, 2, False, False), (5, 3, True, True), (1, 1, True, True)])
+def test_bands_are_summed_once_they_are_stored(T, K, late, slow):
+    given = Problem(True, 1056, T, K)
+    D = given.D8 * 8
     plan, y_RD, out_TD = given.plan(), given.out(D), torch.full((T, D), torch.nan).bfloat16()
     edges = down_combine.edges_for(D, given.F8 * 8, K)
     widths = [min(edge, -(-D // roles.BLOCK_N)) - first for first, edge in zip((0, *edges), (*edges, D), strict=True)]
@@ -141,7 +144,8 @@ def test_bands_are_summed_once_they_are_stored(late, slow):
             if done == whole:
                 assert not y_RD[:-SPARE, first : first + widths[band] * roles.BLOCK_N].isnan().any(), "not stored yet"
 
-    emulate(ptx_of("down_combine_kernel", True, late, COMBINED), "down_combine_kernel",
+    emulate(ptx_of("down_combine_kernel", True, late, {"TOP_K": K, "CHOICES": 1 << (K - 1).bit_length()}),
+            "down_combine_kernel",
             [plan.claimed_down, TensorMap(given.hidden_RF, (64, 64)), weights(given.down_EDF), y_RD, plan.tiles_X5,
              plan.tile_count, given.D8, given.F8, given.row_of_slot_TK, given.scores_TK, out_TD, plan.done_B, T,
              *edges, plan.done_up], on_atomic=look, slow=slow)

@@ -98,7 +98,7 @@ def test_each_band_takes_what_is_summed_while_the_rest_is_multiplied(D, F, K, wi
     edges = [0, *down_combine.edges_for(D, F, K), -(-D // 256)]
     assert [b - a for a, b in itertools.pairwise(edges) if b > a] == widths
     assert edges == sorted(edges)
-    assert all(width % 2 == 0 for width in widths[:-1]), "whole blocks of the combiner's"
+    assert all(width % 2 == 0 for width in widths[:-1]), "in twos: BAND_TILES"
 
 
 def test_plan_starts_its_counters_at_zero():

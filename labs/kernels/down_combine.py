@@ -7,8 +7,8 @@ What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns
        next band is multiplied. The last band's sum is left to combine.py.
 Why    The combine waits for memory, the GEMM for the tensor cores: one after the other, each leaves the other's idle.
 How    Each of two spare warps copies a token's K rows, 256 columns of each, into a ring of its own, three turns ahead
-       (cp.async, no registers), and before that the rows' numbers, and adds them up in float32. Two roles of one warp,
-       as a role of two would have barriers in each turn (LOG.md, row 42).
+       or more (cp.async, no registers), and before that the rows' numbers, and adds them up in float32. Two roles of
+       one warp, as a role of two would have barriers in each turn (LOG.md, row 42).
 
     producer    1 warp          TMA: rows and weights of a stage, as in roles.py
     consumers   2 warpgroups    multiply a tile, store the one before beside it (late_store.py); at a program's first
@@ -59,7 +59,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 # T tokens, D model width, F expert width, E experts, K top-k, R = T*K routed rows.
 # In kernels M, N and K are the GEMM tile's axes; top-k is TOP_K.
 
-COMBINERS = 2  # warps
+COMBINERS = 2  # of one warp each, as the kernel lists them
 COLUMNS = 256  # of a token that a combiner sums in a turn: 16 bytes a thread and row
 SLOTS = 32  # rows of a combiner's ring, 512 bytes each: half of what the GEMM's ring leaves of shared memory
 MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more would not fit into registers
@@ -116,7 +116,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
     WARP of this program and all bands but the last, which are whole blocks.
 
     A turn copies the y of a block of a token's columns, asks for the row numbers of another, as many turns ahead as the
-    ring holds, and sums a third, copied as many turns ago: in this order, so that a copy has that many turns to land.
+    ring has stages, and sums a third, copied one turn fewer ago: in this order, so that copies have as long to land.
     """
     slots, rows_of, scores_of = buffers
     STAGES: gl.constexpr = slots.shape[0]
@@ -239,9 +239,9 @@ def pays(R: int, D: int, E: int, K: int) -> bool:
 def edges_for(D: int, F: int, K: int) -> tuple[int, int, int]:
     """The first column tiles of bands 2 to 4; where there is none, the end of the last.
 
-    Each band takes of the columns that are left, in twos (BAND_TILES), as many as can be summed while the
-    rest is multiplied, or half: a column of a token takes K * F steps of the multiply, and its sum less than HIDING of
-    them. So bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
+    Each band takes of the columns that are left, in twos (BAND_TILES), as many as can be summed while the rest is
+    multiplied, or half: a column of a token takes K * F steps of the multiply, and its sum less than HIDING of them. So
+    bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
     """
     tiles, edges, steps = triton.cdiv(D, BLOCK_N), [0], max(K * F, HIDING)
     for _ in range(BANDS - 1):
@@ -259,9 +259,8 @@ def down_combine(
     scores.
 
     bf16 and contiguous, row_of_slot_TK int32 and scores_TK float32 (T, K), K at most MOST_CHOICES; a plan in tiles of
-    128 rows that no other down projection has used; programs: the GPU's SMs; early: as of
-    `down`, out_TD being as old as y_RD. Raises ValueError for other shapes, dtypes or plans, and unless D and F are
-    multiples of 8.
+    128 rows that no other down projection has used; programs: the GPU's SMs; early: as of `down`, out_TD being as old
+    as y_RD. Raises ValueError for other shapes, dtypes or plans, and unless D and F are multiples of 8.
     """
     (T, K), D, device = row_of_slot_TK.shape, down_EDF.shape[1], hidden_RF.device
     if not 1 <= K <= MOST_CHOICES:
