@@ -407,7 +407,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 def _commit() -> tuple[str, bool | None]:
     given = os.environ.get("LAB_COMMIT")
-    if given:
+    if given is not None:
         if not re.fullmatch(r"[0-9a-f]{12,40}", given):
             raise ValueError(f"LAB_COMMIT={given!r}: need 12 or more digits of a commit, as `git rev-parse HEAD` says")
         return given[:12], None

@@ -419,9 +419,10 @@ def test_profiling_ranges_do_not_break_a_compiled_level():
 
 
 def test_a_commit_that_is_none_is_named(monkeypatch):
-    monkeypatch.setenv("LAB_COMMIT", "06ab1e0")
-    with pytest.raises(ValueError, match="LAB_COMMIT='06ab1e0'"):
-        environment(DEVICE)
+    for none in ("06ab1e0", ""):  # an empty one would be the commit of whatever history lies there
+        monkeypatch.setenv("LAB_COMMIT", none)
+        with pytest.raises(ValueError, match=f"LAB_COMMIT='{none}'"):
+            environment(DEVICE)
     monkeypatch.setenv("LAB_COMMIT", "0123456789abcdef")
     assert environment(DEVICE)["commit"] == "0123456789ab"
 
