@@ -15,6 +15,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
+NEEDS_GPU = $(PY) -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "needs a CUDA GPU")'
+
 .PHONY: help run peers test test-gpu lint diff plots
 
 help:            ## show this list
@@ -30,6 +32,7 @@ run: $(READY)    ## the main job: run, gate, time and chart every level (ARGS="-
 	$(PY) level_runner.py $(ARGS)
 
 peers: $(READY)  ## level 8 beside other libraries, at the sizes of README's table (on a GPU; PEERS="olmoe-1b-7b:16384")
+	@$(NEEDS_GPU)
 	for each in $(PEERS); do $(PY) level_runner.py --levels 8 --preset $${each%%:*} --tokens $${each#*:} \
 		--peers "triton_kernels,transformers grouped_mm" $(ARGS) || exit; done
 
@@ -37,7 +40,7 @@ test: $(READY)   ## every test that this machine can run
 	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)
 
 test-gpu: $(READY)  ## every test, on a machine with a GPU
-	$(PY) -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "needs a CUDA GPU")'
+	@$(NEEDS_GPU)
 	$(PY) -m pytest -m alone
 	$(PY) -m pytest -m "not alone" $(ARGS)
 

@@ -185,7 +185,7 @@ def run_command(args: argparse.Namespace, device: torch.device, screen: Screen,
     elif device.type == "cuda":
         draw([path], out, screen)
     elif args.levels or args.quick:  # a quick look: half a minute of charts would be in its way
-        screen.print(f"\nNo GPU here, so no times to chart. The recorded GPU runs' are in {shown(RECORDED)}.")
+        screen.print(f"\nNo GPU here, so no times to chart. Those of the recorded GPU runs are in {shown(RECORDED)}.")
     else:
         screen.print("\nNo GPU here, so no times to chart. The charts of the recorded GPU runs:")
         draw(sorted(RECORDED.glob("*.json")), out, screen)

@@ -152,7 +152,9 @@ def marks(runs: Sequence[Run]) -> list[Patch]:
     if more:
         handles.append(Patch(color=MORE, label=f"level {', '.join(map(str, more))}: does more than this forward"))
     if any(row.variant == "rounded" for row in rows):
-        handles.append(Patch(facecolor=FIRST, label="rounded: another function than top-k", **ROUNDED))
+        # Of no colour, as bars have theirs.
+        handles.append(Patch(facecolor="white", hatch=ROUNDED["hatch"], edgecolor="0.4",
+                             label="rounded: another function than top-k"))
     return handles
 
 

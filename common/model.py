@@ -66,17 +66,26 @@ def make_weights(cfg: MoEConfig, dtype: torch.dtype, device: torch.device | str,
     return Weights(draw(cfg.E, cfg.D), draw(cfg.E, 2 * cfg.F, cfg.D), draw(cfg.E, cfg.D, cfg.F))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room: a GPU raises torch.OutOfMemoryError, a CPU a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 @contextmanager
-def must_fit(what: str, cfg: MoEConfig, dtype: torch.dtype) -> Iterator[None]:
-    """Where memory runs out inside, raise ValueError that `what` does not fit, and how large its weights are."""
+def must_fit(what: str, cfg: MoEConfig, T: int, dtype: torch.dtype) -> Iterator[None]:
+    """Where memory runs out inside, raise ValueError that `what` at T tokens does not fit, and how large its weights
+    and tokens are."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, a CPU without memory gives a plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         weights_gib = 3 * cfg.E * cfg.F * cfg.D * dtype.itemsize / 2**30
-        raise ValueError(f"{what} does not fit this machine: its weights alone are {weights_gib:.1f} GiB, and the "
-                         "float64 oracle needs room beside them") from error
+        tokens_gib = T * cfg.D * dtype.itemsize / 2**30
+        raise ValueError(f"{what} at {T} tokens does not fit this machine: its weights are {weights_gib:.1f} GiB and "
+                         f"its tokens {tokens_gib:.1f}, and the float64 oracle needs several times as much beside "
+                         "them") from error
 
 
 def make_inputs(workload: Workload, weights: Weights) -> torch.Tensor:

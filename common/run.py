@@ -18,7 +18,7 @@ from common.measure import (
     Ceilings, Forward, Gate, PeakMemory, Spread, WallClock, check_finite, count_host_syncs, environment, error_bound,
     gate, interleave, profile_together, sustain, warm_up,
 )
-from common.model import Oracle, Weights, make_inputs, make_weights, must_fit, oracle
+from common.model import Oracle, Weights, is_out_of_memory, make_inputs, make_weights, must_fit, oracle
 from common.peers import NotInstalled, Peer
 from common.references import BOUND, Reference
 from common.results import Row, Run, new_run
@@ -73,7 +73,7 @@ def run_workload(workload: Workload, levels: Sequence[Loaded], references: Seque
     inputs and oracle do not fit the GPU.
     """
     cfg = workload.config
-    with must_fit(f"{cfg.name} at {workload.T} tokens", cfg, workload.dtype):
+    with must_fit(cfg.name, cfg, workload.T, workload.dtype):
         reporter.stage("drawing weights and inputs")
         weights = make_weights(cfg, workload.dtype, device, workload.seed)
         batches = [make_inputs(replace(workload, seed=seed), weights)
@@ -171,11 +171,12 @@ def _build_and_gate(subject: _Subject, workload: Workload, x_TD: torch.Tensor, b
         row.status, row.reason = "not installed", str(lack)
     except Unsupported as lack:
         row.status, row.reason = "unsupported", str(lack)
-    except torch.OutOfMemoryError as error:
-        _record_oom(row, error)
     except Exception as error:  # a level that raises is red, its traceback shown; the others still run
-        traceback.print_exc()
-        row.status, row.reason = "failed", f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            _record_oom(row, error)
+        else:
+            traceback.print_exc()
+            row.status, row.reason = "failed", f"{type(error).__name__}: {error}"
     row.error_bound = error_bound(workload) if subject.is_layer else None
     x_TD.copy_(batches[0])
     gc.collect()
@@ -206,8 +207,8 @@ def _judge(subject: _Subject, forward: Forward, out_TD: torch.Tensor, x_TD: torc
     return gate(out_TD, rounded_oracle(cfg, subject.weights, x_TD, rounding), workload)
 
 
-def _record_oom(row: Row, error: torch.OutOfMemoryError) -> None:
-    row.status, row.reason = "oom", str(error).split(". GPU")[0]
+def _record_oom(row: Row, error: RuntimeError) -> None:
+    row.status, row.reason = "oom", str(error).split(". GPU")[0].split("DefaultCPUAllocator: ")[-1].splitlines()[0]
 
 
 def _record_gate(row: Row, found: Gate) -> None:
@@ -223,7 +224,9 @@ def _time(run: Run, ready: list[_Subject], x_TD: torch.Tensor, device: torch.dev
         reporter.stage(f"{subject.row.name}: warming")
         try:
             _warm(subject, clock, x_TD)
-        except torch.OutOfMemoryError as error:  # it fitted alone, but not beside the buffers of the others
+        except RuntimeError as error:  # it fitted alone, but not beside the buffers of the others
+            if not is_out_of_memory(error):
+                raise
             _record_oom(subject.row, error)
             ready.remove(subject)
         reporter.update(run)

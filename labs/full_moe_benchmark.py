@@ -156,7 +156,7 @@ def measure(options: Options) -> dict:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     workload = Workload(cfg, T, dtype)
     options.say("drawing weights and tokens")
-    with must_fit(f"--config {cfg.name} at {T} tokens", cfg, dtype):
+    with must_fit(f"--config {cfg.name}", cfg, T, dtype):
         weights = make_weights(cfg, dtype, device)
         x_TD = make_inputs(workload, weights)
     base = OptimizedMoELayer(cfg.D, cfg.F, cfg.E, cfg.K, device="meta")

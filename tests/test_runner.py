@@ -49,6 +49,11 @@ def out_of_memory(_):
     raise torch.OutOfMemoryError("tried to allocate 1.00 TiB. GPU 0 has less")
 
 
+def out_of_memory_on_a_cpu(_):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                       "tried to allocate 1.00 TiB. Error code 12 (Cannot allocate memory)")
+
+
 GOOD = fake(0, "right", lambda out: out)
 BAD = {
     "wrong": (fake(1, "wrong", lambda out: out * 1.1), "relative error"),
@@ -86,7 +91,7 @@ def test_without_a_gpu_the_recorded_charts_are_drawn(tmp_path, monkeypatch, caps
     monkeypatch.setattr(level_runner, "RECORDED", recorded)
     run(out, "--quick", levels=[GOOD])
     assert not list(out.glob("*.png")), "a quick look is not kept waiting"
-    assert "The recorded GPU runs' are in" in capsys.readouterr().out
+    assert "Those of the recorded GPU runs are in" in capsys.readouterr().out
     run(out, levels=[GOOD])
     assert [path.stem for path in out.glob("*_ladder.png")] == [f"{name}_ladder"]
     assert "The charts of the recorded GPU runs" in capsys.readouterr().out
@@ -106,8 +111,9 @@ def test_a_red_level_gets_no_time_and_a_red_exit(fault, tmp_path):
     assert reason in red.reason
 
 
-def test_out_of_memory_is_a_row_and_not_a_failure(tmp_path):
-    status, (recorded,) = run(tmp_path, levels=[GOOD, fake(1, "huge", out_of_memory)])
+@pytest.mark.parametrize("fail", [out_of_memory, out_of_memory_on_a_cpu])
+def test_out_of_memory_is_a_row_and_not_a_failure(fail, tmp_path):
+    status, (recorded,) = run(tmp_path, levels=[GOOD, fake(1, "huge", fail)])
     assert status == 0
     assert recorded.levels[1].status == "oom"
     assert "1.00 TiB" in recorded.levels[1].reason
@@ -357,7 +363,8 @@ def test_a_preset_too_large_for_the_gpu_is_an_error_in_words(tmp_path, monkeypat
     monkeypatch.setattr(common.run, "make_weights", too_large)
     status, _ = run(tmp_path, levels=[GOOD])
     assert status == 2
-    assert "tiny at 64 tokens does not fit this machine" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "tiny at 64 tokens does not fit this machine: its weights are 0.0 GiB and its tokens 0.0" in said
 
 
 def test_nan_in_a_weight_is_found_and_named(tmp_path, monkeypatch, capsys):
