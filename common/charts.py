@@ -274,8 +274,9 @@ def has_peers(run: Run) -> bool:
 
 def peers(runs: Sequence[Run]) -> Figure:
     """Our levels beside other libraries' layers, one panel a token count: median wall time, fastest on top, with the
-    20th to 80th percentile. The bound is a line. Bars over PEER_AXIS times the fastest are cut, and say so. Diamonds,
-    and a broken line for the bound, are what each takes under its own load alone; off the axis they are left out."""
+    20th to 80th percentile; a layer without a time says why. The bound is a line. Bars over PEER_AXIS times the fastest
+    are cut, and say so. Diamonds, and a broken line for the bound, are what each takes under its own load alone; off
+    the axis they are left out."""
     chosen = [run for run in runs if has_peers(run)][:MOST_PEER_PANELS]
     across = 2 if len(chosen) == 4 else min(len(chosen), 3)
     fig, axes = plt.subplots(-(-len(chosen) // across), across, squeeze=False, layout="constrained")
@@ -286,9 +287,14 @@ def peers(runs: Sequence[Run]) -> Figure:
     for ax, run in zip(axes.flat, chosen, strict=False):
         bound = run.row(BOUND)
         rows = sorted((row for row in run.rows if row.timed and row is not bound), key=lambda row: row.wall_ms.p50)
-        names = [f"{row.number} {row.name}" if row.kind == "level" else row.name for row in rows]
-        ax.set_yticks(range(len(rows)), names)
+        absent = [row for row in run.rows if row.kind == "peer" and not row.timed and row.status != "not installed"]
+        names = [f"{row.number} {row.name}" if row.kind == "level" else row.name for row in [*rows, *absent]]
+        ax.set_yticks(range(len(names)), names)
         ax.invert_yaxis()
+        for position, row in enumerate(absent, len(rows)):
+            ax.axhspan(position - 0.35, position + 0.35, color=ABSENT, zorder=0)
+            ax.text(0.03, position, status_text(row), va="center", color="#555", fontsize=13,
+                    transform=ax.get_yaxis_transform())
         end = PEER_AXIS * rows[0].wall_ms.p50
         almost = [1.02 * row.wall_ms.p80 for row in rows if row.wall_ms.p50 <= 1.15 * end]  # so shown whole
         end = max(end, *almost)

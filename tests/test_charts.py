@@ -18,7 +18,7 @@ from common.measure import Spread
 from common.readme import LEADS, TABLE, TRAINING, leads_markdown, markdown, render, training_markdown
 from common.references import BOUND
 from common.results import Row, Run, load, save, speedups
-from common.show import LOG_WIDTH, RunTable
+from common.show import LOG_WIDTH, RunTable, status_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "plots").glob("*.json"))
@@ -139,6 +139,8 @@ def test_peer_bars_are_the_recorded_times(path):
         alone = {line.get_gid(): line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"}
         assert alone == {f"{one.name} sustained": one.sustained_ms.p50 for one in run.rows
                          if one.timed and one is not bound and one.sustained_ms and one.sustained_ms.p50 < end}
+        said = [label.get_text() for label in ax.texts if label.get_text().startswith("n/a")]
+        assert said == [status_text(one) for one in run.rows if one.kind == "peer" and one.status == "unsupported"]
     assert not charts.has_peers(RUNS[0])
 
 
