@@ -647,11 +647,11 @@ def emulate(
                         break
                     executed += 1
                     place[warp.number] = place[warp.number] + 1 if found is None else found
-            late = bool(machine.coming or machine.asked)
+            expected = bool(machine.coming or machine.asked)
             for work in machine.coming:
                 work.finish()
             machine.coming, machine.asked = machine.asked, []
-            if (executed == before and not late) or executed > MOST:
+            if (executed == before and not expected) or executed > MOST:
                 raise RuntimeError("nothing goes on: " + "; ".join(
                     f"{warp.number} at {instructions[place[warp.number]].opcode}" for warp in order))
     return executed

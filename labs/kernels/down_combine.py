@@ -116,7 +116,8 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
     WARP of this program and all bands but the last, which are whole blocks.
 
     A turn copies the y of a block of a token's columns, asks for the row numbers of another, as many turns ahead as the
-    ring has stages, and sums a third, copied one turn fewer ago: in this order, so that copies have as long to land.
+    ring has stages, and sums a third, copied one turn fewer ago. It sums last, so that a copy has all these turns to
+    land.
     """
     slots, rows_of, scores_of = buffers
     STAGES: gl.constexpr = slots.shape[0]
