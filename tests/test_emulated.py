@@ -71,8 +71,9 @@ def weights(tensor: torch.Tensor, interleaved: bool = False) -> TensorMap:
     return TensorMap(tensor.view(-1).as_strided(descriptor.shape, descriptor.strides), tuple(descriptor.block_shape))
 
 
-def ptx_of(kernel: str, dealt: bool, late: bool | None, constants: dict | None = None, early: bool = False) -> str:
-    asked = request(kernel, constants, dealt, late, early)
+def ptx_of(kernel: str, dealt: bool, late: bool | None, constants: dict | None = None, early: bool = False,
+           even: bool = False) -> str:
+    asked = request(kernel, constants, dealt, late, early, even)
     return compile_all([asked])[asked.name].ptx
 
 
@@ -95,7 +96,7 @@ def run(kernel: str, dealt: bool, late: bool | None, given: Problem, seed: int,
         arguments = [rows, *claimed, operand, *table]
     else:
         arguments = [*claimed, rows, operand, *table, *([] if tall else [plan.done_up])]
-    emulate(ptx_of(kernel, dealt, late), kernel, arguments, seed, slow=slow)
+    emulate(ptx_of(kernel, dealt, late, even=given.D8 % 8 == 0), kernel, arguments, seed, slow=slow)
     return out, (given.hidden_RF if up else given.y_RD)
 
 
@@ -111,7 +112,15 @@ TALL = ("tall_up_rows_kernel", "tall_down_kernel")
 @pytest.mark.parametrize(("kernel", "late"), [*((kernel, late) for kernel in KERNELS for late in (True, False)),
                                               *((kernel, None) for kernel in TALL)])
 def test_answers_are_the_float64_ones(kernel, late, dealt):
-    given = Problem(dealt)
+    check_answers(kernel, late, dealt, Problem(dealt))
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_rows_of_whole_steps_are_gathered_without_a_column_mask(late):
+    check_answers("up_gather_kernel", late, True, Problem(True, columns=320))
+
+
+def check_answers(kernel: str, late: bool | None, dealt: bool, given: Problem) -> None:
     out, expected = run(kernel, dealt, late, given, seed=0)
     assert error(out[:-SPARE], expected) < BOUND
     assert out[-SPARE:].isnan().all(), "stored past the end"
@@ -252,15 +261,15 @@ def test_weight_gradients(wide, accumulate, slow, length):
 
 
 @pytest.mark.parametrize("slow", [False, True])
-@pytest.mark.parametrize("gathered", [True, False])
-def test_training(gathered, slow):
+@pytest.mark.parametrize(("gathered", "columns"), [(True, 264), (True, 320), (False, 264)])
+def test_training(gathered, columns, slow):
     """What up keeps, and all that hidden_grad's epilogue makes of it."""
-    given = Problem(False)
+    given = Problem(False, columns)
     (E, two_F, D), R, F = given.gate_up_E2FD.shape, given.token_of_row_R.numel(), given.F8 * 8
     gate_up_E2FD = torch.randn(E, two_F, D).mul(D**-0.5).bfloat16()
     rows = given.x_TD if gathered else TensorMap(given.rows_RD, (64, 64))
     plan, h_R2F, hidden_RF = given.plan(), given.out(two_F), given.out(F)
-    asked = training_request("train_up_kernel", gathered)
+    asked = training_request("train_up_kernel", gathered, even=columns == 320)
     emulate(compile_all([asked])[asked.name].ptx, "train_up_kernel",
             [rows, given.token_of_row_R, plan.claimed_up, TensorMap(gate_up_E2FD.view(2 * E, F, D), (2, 128, 64)),
              h_R2F, hidden_RF, plan.tiles_X5, plan.tile_count, given.D8, given.F8], slow=slow)
@@ -278,7 +287,7 @@ def test_training(gathered, slow):
     d_gate, d_up = torch.autograd.grad(hidden, (gate, up), d_hidden_RF * scores_R[:, None])
     plan, dh_R2F, scaled_RF = given.plan(), given.out(two_F), given.out(F)
     d_scores_XR = torch.full((-(-F // roles.BLOCK_N), R), torch.nan)
-    asked = training_request("hidden_grad_kernel", gathered)
+    asked = training_request("hidden_grad_kernel", gathered, even=columns == 320)
     emulate(compile_all([asked])[asked.name].ptx, "hidden_grad_kernel",
             [rows, given.token_of_row_R, plan.claimed_up, TensorMap(given.down_EDF, (1, 64, 64)), scores_R,
              TensorMap(h_R2F, (64, 32), swizzle=64), dh_R2F, scaled_RF, d_scores_XR, plan.tiles_X5, plan.tile_count, R,

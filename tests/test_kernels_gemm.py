@@ -222,7 +222,7 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
 
     class Recorder:
         def __init__(self, names: list[str]):
-            self.names = [name for name in names if name not in ("LATE", "EARLY")]
+            self.names = [name for name in names if name not in ("LATE", "EARLY", "EVEN_K")]
 
         def __getitem__(self, grid):
             return lambda *arguments, **options: given.update(zip(self.names, arguments, strict=True), **options)
@@ -239,6 +239,10 @@ def test_arguments_reach_the_kernels_in_their_order(module, prefix, tile_rows, m
         assert given["x_ptr"] is rows
         assert given["token_of_row_ptr"] is tokens
         assert given["claimed_ptr"] is plan.claimed_up
+        assert given["EVEN_K"]
+        plan.counted.clear()
+        grouped_gemm.up_gather(rows[:, :312].contiguous(), tokens, gate_up[..., :312].contiguous(), plan, hidden, 1)
+        assert not given["EVEN_K"]
         plan.counted.clear()
     getattr(module, f"{prefix}up_rows")(rows, gate_up, plan, hidden, 1)
     assert given["gate_up_desc"].base.data_ptr() == gate_up.data_ptr()
@@ -339,9 +343,10 @@ CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
 
 
 def request(kernel: str, constants: dict | None = None, dealt: bool = True, late: bool | None = None,
-            early: bool = False) -> Request:
+            early: bool = False, even: bool = True) -> Request:
     """A Gluon kernel with its pointers aligned; its integers are not specialised. `dealt`: weight rows are; `late`:
-    tiles are finished late, None where a kernel knows no such thing; `early`: down begins before up has ended."""
+    tiles are finished late, None where a kernel knows no such thing; `early`: down begins before up has ended; `even`:
+    up gathers rows of whole steps of 64 columns."""
     file, signature = {"down_combine_kernel": ("down_combine", COMBINE), "up_ahead_kernel": ("up_ahead", AHEAD),
                        **KERNELS}[kernel]
     if not dealt:
@@ -350,14 +355,20 @@ def request(kernel: str, constants: dict | None = None, dealt: bool = True, late
     constants = (constants or {}) | ({} if late is None else {"LATE": late})
     if "done_up_ptr" in signature:
         constants["EARLY"] = early
-    name = " ".join([kernel, *(["late"] if late else []), *([] if dealt else ["in order"]), *["early"] * early])
+    if kernel == "up_gather_kernel":
+        constants["EVEN_K"] = even
+    name = " ".join([kernel, *(["late"] if late else []), *([] if dealt else ["in order"]), *["early"] * early,
+                     *["with a column mask"] * (constants.get("EVEN_K") is False)])
     return Request(name, f"labs.kernels.{file}", kernel, signature, constants, aligned, 4, 3, options=roles.LAUNCH)
 
 
-def variants(kernel: str) -> list[tuple[bool | None, bool]]:
-    """(late, dealt) of a kernel. The tall ones finish at once; straight weights lie in their order."""
+def variants(kernel: str) -> list[tuple[bool | None, bool, bool]]:
+    """(late, dealt, even) of a kernel. The tall ones finish at once; straight weights lie in their order; others than
+    the one that gathers know no column mask."""
     lates = (None,) if kernel.startswith("tall") else (False, True)
-    return [(late, dealt) for late in lates for dealt in ((True,) if kernel == "straight_kernel" else (True, False))]
+    deals = (True,) if kernel == "straight_kernel" else (True, False)
+    evens = (True, False) if kernel == "up_gather_kernel" else (True,)
+    return [(late, dealt, even) for late in lates for dealt in deals for even in evens]
 
 
 def steps_of(kernel: str, late: bool | None) -> int:
@@ -377,13 +388,14 @@ def stores_of(kernel: str, late: bool | None) -> int:
 
 @pytest.fixture(scope="module")
 def code() -> dict[str, Compiled]:
-    return compile_all([request(kernel, None, dealt, late) for kernel in KERNELS for late, dealt in variants(kernel)])
+    return compile_all([request(kernel, None, dealt, late, even=even)
+                        for kernel in KERNELS for late, dealt, even in variants(kernel)])
 
 
-@pytest.mark.parametrize(("kernel", "late", "dealt"), [(kernel, *each) for kernel in KERNELS
-                                                       for each in variants(kernel)])
-def test_machine_code_is_as_planned(code, kernel, late, dealt):
-    found = code[request(kernel, None, dealt, late).name]
+@pytest.mark.parametrize(("kernel", "late", "dealt", "even"), [(kernel, *each) for kernel in KERNELS
+                                                               for each in variants(kernel)])
+def test_machine_code_is_as_planned(code, kernel, late, dealt, even):
+    found = code[request(kernel, None, dealt, late, even=even).name]
     warpgroups = 3 if kernel.startswith("tall") else 2
     steps = steps_of(kernel, late)
     assert found.count("HGMMA") == warpgroups * steps * 4, "4 wgmma of depth 16 a step"
@@ -404,13 +416,13 @@ def test_machine_code_is_as_planned(code, kernel, late, dealt):
     stage = (warpgroups * 64 + 256) * 64 * 2
     assert 4 * stage < found.shared_bytes <= min(4 * stage + 1024, 227 * 1024)
     if not dealt:  # the epilogue swaps half the registers of what it stores with the neighbours, twice
-        as_dealt = code[request(kernel, None, True, late).name]
+        as_dealt = code[request(kernel, None, True, late, even=even).name]
         swaps = warpgroups * 4 * stores_of(kernel, late)
         assert found.count("SHFL") - as_dealt.count("SHFL") == swaps
         assert found.count("SEL") - as_dealt.count("SEL") >= 2.5 * swaps
 
 
-SPARE_WARPS = {"up_ahead_kernel": (8, 1, 2), **{f"down_combine_kernel, top {K}": (CHOICES[K], 2, 2) for K in CHOICES}}
+SPARE_WARPS = {"up_ahead_kernel": (8, 2, 3), **{f"down_combine_kernel, top {K}": (CHOICES[K], 2, 2) for K in CHOICES}}
 IN_ORDER = ("up_ahead_kernel", "down_combine_kernel, top 8")
 
 
@@ -428,7 +440,7 @@ def test_machine_code_with_spare_warps_is_as_planned(name, dealt, late):
     assert found.count("UTMALDG") > 0
     assert found.count(r"LDGSTS.*128") == roles * copies, "the spare warps' rows by 16-byte cp.async"
     assert (found.count("LDGSTS") > roles * copies) == (kernel == "down_combine_kernel"), "rows' numbers by 4 bytes"
-    spare = roles if K else 8  # stores of the spare warps: of a sum each, of a unit of rows
+    spare = roles * (1 if K else 8)  # stores of the spare warps: of a sum each, of a unit of rows each
     assert found.count(r"STG") == found.count(r"STG\.E\.128") == 2 * stores_of(kernel, late) + spare
     assert found.count(r"LDL|STL") == found.stack_bytes == 0, "no spills"
     atomics, claims = found.count(r"REDG?\.|ATOMG?\."), found.count(r"ATOMG\.E\.ADD\.STRONG\.GPU")
@@ -438,9 +450,10 @@ def test_machine_code_with_spare_warps_is_as_planned(name, dealt, late):
         (alone,) = compile_all([request("down_kernel", None, dealt, late)]).values()
         assert found.count(r"LDG\.") == alone.count(r"LDG\.") + roles, "which acquire; what combiners load are copies"
     assert atomics - claims == found.count(r"REDG\.E\.ADD\.STRONG\.GPU") == counters, "counters, no sums"
-    assert (found.count(r"FENCE\.VIEW\.ASYNC\.G") == 2) == (kernel == "up_ahead_kernel"), "stores that TMA reads"
-    assert found.count(r"MEMBAR\.ALL\.GPU") == (counters if K else 1), "released"
-    assert found.count(r"CCTL\.IVALL") == roles, "acquired"
+    fences = found.count(r"FENCE\.VIEW\.ASYNC\.G")
+    assert fences == (0 if K else roles + 1), "stores that TMA reads"
+    assert found.count(r"MEMBAR\.ALL\.GPU") == (counters if K else roles), "released"
+    assert found.count(r"CCTL\.IVALL") == (roles if K else 1), "acquired"
     assert found.registers == 168
     assert found.shared_bytes <= 227 * 1024
 
@@ -470,19 +483,20 @@ TRAINING = {
 }
 
 
-def training_request(kernel: str, gathered: bool) -> Request:
-    """A kernel of training, whose rows the loads gather or TMA reads in their order."""
+def training_request(kernel: str, gathered: bool, even: bool = True) -> Request:
+    """A kernel of training, whose rows the loads gather, of whole steps of 64 columns or not, or TMA reads in their
+    order."""
     signature = {"rows": "*bf16" if gathered else describe(64), "token_of_row_ptr": "*i32", **CLAIMED,
                  **TRAINING[kernel]}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    return Request(f"{kernel} {gathered}", "labs.kernels.train_gemm", kernel, signature, {"GATHERED": gathered},
-                   aligned, 4, 3, options=roles.LAUNCH)
+    return Request(f"{kernel} {gathered} {even}", "labs.kernels.train_gemm", kernel, signature,
+                   {"GATHERED": gathered, "EVEN_K": even}, aligned, 4, 3, options=roles.LAUNCH)
 
 
-@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize(("gathered", "even"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("kernel", TRAINING)
-def test_machine_code_of_training_is_as_planned(kernel, gathered):
-    asked = training_request(kernel, gathered)
+def test_machine_code_of_training_is_as_planned(kernel, gathered, even):
+    asked = training_request(kernel, gathered, even)
     found = compile_all([asked])[asked.name]
     assert found.count("HGMMA") == 2 * 2 * 4
     assert found.count("WARPGROUP") == 2 * 5, "more waits would mean wgmmas one after the other"

@@ -58,11 +58,13 @@ def load_tokens(token_of_row_ptr, row, used, column):
 
 
 @gluon.jit
-def gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, first_k, end_k, stage, phase, ring):
+def gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, first_k, end_k, stage, phase, ring,
+                 EVEN_K: gl.constexpr):
     """K steps of an output tile: its rows by cp.async, zeros past the expert's end, and the weights by TMA. Returns the
     next stage and its phase.
 
     source (128, 64): pointers to the rows' first 64 columns; inside (128,): whether there is such a row.
+    EVEN_K: D is a multiple of 64. No mask of columns then, which cost 1.2% of the kernel (LOG.md, row 44).
     """
     rows, weights, _told, full, empty = ring
     rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two
@@ -72,8 +74,10 @@ def gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, f
         mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(bar, _WEIGHT_BYTES)
         load_weights(weights_desc, expert, column, k, weight_rows, bar, weights, stage)
-        async_copy.async_copy_global_to_shared(rows.index(stage), source + k * _BLOCK_K,
-                                               inside[:, None] & (k * _BLOCK_K + c < D)[None, :])
+        mask = inside[:, None]
+        if not EVEN_K:
+            mask = mask & (k * _BLOCK_K + c < D)[None, :]
+        async_copy.async_copy_global_to_shared(rows.index(stage), source + k * _BLOCK_K, mask)
         async_copy.mbarrier_arrive(bar, increment_count=False)  # each thread's, once its own copies have landed
         stage, phase = next_stage(stage, phase, _STAGES)
     return stage, phase
@@ -81,7 +85,7 @@ def gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, f
 
 @gluon.jit
 def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring,
-                     load_more: gl.constexpr = None, more=None, done_ptr=None, stored=None):
+                     EVEN_K: gl.constexpr, load_more: gl.constexpr = None, more=None, done_ptr=None, stored=None):
     """Four warps fill the ring: rows of x (T, D) through token_of_row (R,), and weights. weight_rows: of an expert.
 
     load_more(more, row, used, column, stage, phase, ring, True), if given, fills further stages after a tile's last.
@@ -106,27 +110,27 @@ def produce_gathered(x_ptr, token_of_row_ptr, D8, weights_desc, walk, claimed_pt
         inside = rows_in_use(used, column)[1]
         source = x_ptr + (token.to(gl.int64) * D)[:, None] + c[None, :]  # T * D passes 2**31 at real sizes
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, 0, claim_at, stage,
-                                    phase, ring)
+                                    phase, ring, EVEN_K)
         asked = ask_claim(claimed_ptr, 4)
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, claim_at, group_at,
-                                    stage, phase, ring)
+                                    stage, phase, ring, EVEN_K)
         claimed = claimed_tile(asked)
         tile = gl.maximum(gl.minimum(claimed, total - 1), 0)
         group = ask_entry(tiles_ptr, tile // column_tiles, 4)
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, group_at, tile_at,
-                                    stage, phase, ring)
+                                    stage, phase, ring, EVEN_K)
         first_row_tile = field(group, 3)
         size = field(group, 4)
         local = tile - first_row_tile * column_tiles
         entry = ask_entry(tiles_ptr, first_row_tile + local % size, 4)
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, tile_at, tokens_at,
-                                    stage, phase, ring)
+                                    stage, phase, ring, EVEN_K)
         next_row = field(entry, 1)
         next_used = gl.where(claimed < total, field(entry, 2), 0)
         next_column = local // size
         token = load_tokens(token_of_row_ptr, next_row, next_used, next_column)
         stage, phase = gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, tokens_at, k_steps,
-                                    stage, phase, ring)
+                                    stage, phase, ring, EVEN_K)
         if load_more is not None:
             stage, phase = load_more(more, row, used, column, stage, phase, ring, True)
         expert = field(entry, 0)

@@ -225,9 +225,11 @@ def up_gather_kernel(
     F8,
     done_ptr,  # (2,) int32, zeros
     LATE: gl.constexpr,
+    EVEN_K: gl.constexpr,
 ):
     """hidden = silu(x[token] @ gate.T) * (x[token] @ up.T), gather and SwiGLU fused. D8 and F8 are D / 8 and F / 8.
-    done: output tiles of its first part that are stored, and of the rest (first_part in waiting.py).
+    done: output tiles of its first part that are stored, and of the rest (first_part in waiting.py). EVEN_K: D is a
+    multiple of 64.
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 128 hidden columns. Float32 accumulators.
     """
@@ -239,8 +241,8 @@ def up_gather_kernel(
     gl.warp_specialize([
         (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, True, stored)),
         (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 1, True, stored)),
-        (produce_gathered, (x_ptr, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, ring, None, None,
-                            done_ptr, stored)),
+        (produce_gathered, (x_ptr, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, ring, EVEN_K,
+                            None, None, done_ptr, stored)),
     ], [4, 4], [216, 72])
 
 
@@ -375,7 +377,7 @@ def up_gather(
         plan.count_once("up")
         plan.count_parts(programs)
         launch(up_gather_kernel, (programs,), x_TD, token_of_row_R, plan.claimed_up, *operands, plan.done_up,
-               LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS), **FOLLOW)
+               LATE=finishes_late(x_TD.shape[1], HIDDEN_PARTS), EVEN_K=x_TD.shape[1] % BLOCK_K == 0, **FOLLOW)
 
 
 def up_rows(

@@ -77,8 +77,8 @@ _SIGMOID = gl.constexpr("""{
 @gluon.jit
 def specialize(rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, out, F8,
                finish: gl.constexpr, load_more: gl.constexpr, more, MORE_STAGES: gl.constexpr, GATHERED: gl.constexpr,
-               STRAIGHT: gl.constexpr):
-    """Two consumers, and the producer that gathers, or the one that reads rows in their order.
+               EVEN_K: gl.constexpr, STRAIGHT: gl.constexpr):
+    """Two consumers, and the producer that gathers, or the one that reads rows in their order. EVEN_K: gather_steps's.
 
     load_more(more, ...) fills MORE_STAGES further stages after a tile's last, which `finish` reads; or None and 0.
     """
@@ -88,7 +88,7 @@ def specialize(rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weig
             (consume, (out, F8, walk[3], ring, finish, 0, True, MORE_STAGES)),
             (consume, (out, F8, walk[3], ring, finish, 1, True, MORE_STAGES)),
             (produce_gathered, (rows, token_of_row_ptr, D8, weights_desc, walk, claimed_ptr, weight_rows, ring,
-                                load_more, more)),
+                                EVEN_K, load_more, more)),
         ], [4, 4], [216, 72])
     else:
         ring = open_ring(1, STRAIGHT)
@@ -127,6 +127,7 @@ def train_up_kernel(
     D8,
     F8,
     GATHERED: gl.constexpr,
+    EVEN_K: gl.constexpr,
 ):
     """H = rows @ [gate, up].T, kept, and hidden = silu(gate) * up. D8 and F8 are D / 8 and F / 8.
 
@@ -136,7 +137,7 @@ def train_up_kernel(
     finish: gl.constexpr = store_up
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D8 * 8)
     specialize(rows, token_of_row_ptr, D8, gate_up_desc, walk, claimed_ptr, F8 * 16, (h_ptr, hidden_ptr), F8, finish,
-               None, None, 0, GATHERED, False)
+               None, None, 0, GATHERED, EVEN_K, False)
 
 
 # -------------------------------------------------------------------------------------------------- hidden_grad
@@ -269,6 +270,7 @@ def hidden_grad_kernel(
     D8,
     F8,
     GATHERED: gl.constexpr,
+    EVEN_K: gl.constexpr,
 ):
     """dA' = dO[token] @ down, and in its epilogue all that follows from it and H. D8 and F8 are D / 8 and F / 8.
 
@@ -279,7 +281,7 @@ def hidden_grad_kernel(
     out = score_of_row_ptr, dh_ptr, scaled_ptr, d_scores_ptr, R
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 8, D8 * 8)
     specialize(rows, token_of_row_ptr, D8, down_desc, walk, claimed_ptr, D8 * 8, out, F8, finish, load_more,
-               (h_desc, F8 * 8), _H_STAGES, GATHERED, True)
+               (h_desc, F8 * 8), _H_STAGES, GATHERED, EVEN_K, True)
 
 
 # ----------------------------------------------------------------------------------------------------- launchers
@@ -303,7 +305,8 @@ def up(
     gate_up = TensorDescriptor.from_tensor(gate_up_E2FD.view(2 * E, F, D), box, _SWIZZLED_3D.value)
     train_up_kernel[(programs,)](
         readable(rows, gathered), token_of_row_R, plan.claimed_up, gate_up, h_R2F, hidden_RF,
-        plan.tiles_X5, plan.tile_count, D // 8, F // 8, GATHERED=gathered, **LAUNCH)
+        plan.tiles_X5, plan.tile_count, D // 8, F // 8, GATHERED=gathered, EVEN_K=not gathered or D % BLOCK_K == 0,
+        **LAUNCH)
 
 
 def hidden_grad(
@@ -320,4 +323,5 @@ def hidden_grad(
     h_desc = TensorDescriptor.from_tensor(h_R2F, [ROWS, PART], _SWIZZLED_PART.value)
     hidden_grad_kernel[(programs,)](
         readable(rows, gathered), token_of_row_R, plan.claimed_up, down, score_of_row_R, h_desc,
-        dh_R2F, scaled_RF, d_scores_XR, plan.tiles_X5, plan.tile_count, R, D // 8, F // 8, GATHERED=gathered, **LAUNCH)
+        dh_R2F, scaled_RF, d_scores_XR, plan.tiles_X5, plan.tile_count, R, D // 8, F // 8, GATHERED=gathered,
+        EVEN_K=not gathered or D % BLOCK_K == 0, **LAUNCH)

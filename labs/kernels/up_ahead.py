@@ -5,13 +5,14 @@
 What   grouped_gemm.py's up_rows kernel, and the copy of x to sorted rows that it needs, in one launch.
 Why    Rows gathered as they load come by cp.async, which the multiply pays for (LOG.md); rows gathered before cost a
        pass over memory, in which no tensor core works.
-How    64 spare threads of each program copy units of 8 rows, in the order in which the tiles want them: cp.async into
-       a ring of their own, 16-byte stores to rows. A row tile's producer waits until its units are counted, then reads
-       it by TMA, mostly from L2.
+How    Two spare warps of each program copy units of 8 rows, in the order in which the tiles want them: cp.async into a
+       ring of their own, 16-byte stores to rows. A row tile's producer waits until its units are counted, then reads it
+       by TMA, mostly from L2. Two roles of one warp: a role of two would have barriers in each step (LOG.md, row 46).
 
     producer    1 warp          wait until ready[row tile] is full, begun += 1; TMA: rows and weights of a stage
     consumers   2 warpgroups    grouped_gemm.py's consume_hidden
-    gatherer    2 warps         every grid-th unit: wait until it is wanted soon, copy its 8 rows, ready[row tile] += 1
+    gatherers   2 of 1 warp     every (2 * grid)-th unit: wait until it is wanted soon, copy its 8 rows,
+                                ready[row tile] += 1
 
 Costs  rows (R, D) is written and read once. A program waits for the gatherers of all others: every program must be on
        the GPU at once, so the launch is cooperative.
@@ -54,9 +55,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 _UNIT = gl.constexpr(8)  # rows that are gathered together
 _UNITS = gl.constexpr(2 * ROWS // 8)  # of a row tile
-_COLUMNS = gl.constexpr(512)  # of them at a time: 16 bytes a thread and row
-_COPIES = gl.constexpr(4)  # stages of the gatherer's ring, 8 KB each
-_UNIT_LAYOUT = gl.constexpr(gl.BlockedLayout([8, 8], [1, 32], [1, 2], [1, 0]))
+_COLUMNS = gl.constexpr(256)  # of them at a time: 16 bytes a thread and row
+_COPIES = gl.constexpr(4)  # stages of a gatherer's ring, 4 KB each
+_GATHERERS = gl.constexpr(2)
+_UNIT_LAYOUT = gl.constexpr(gl.BlockedLayout([8, 8], [1, 32], [1, 1], [1, 0]))
 _FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
@@ -75,22 +77,25 @@ def find_unit(unit, walk, token_of_row_ptr, r):
 
 
 @gluon.jit
-def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies):
-    """rows[r] = x[token_of_row[r]] for every grid-th unit of 8 rows, tile by tile, then say so.
+def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies, WARP: gl.constexpr):
+    """rows[r] = x[token_of_row[r]] for every (2 * grid)-th unit of 8 rows from gatherer WARP's of this program on, tile
+    by tile, then say so.
 
     Never more than a wave of output tiles ahead of as many as are begun, so that rows are in L2 when they are wanted,
     and weights with them. This cannot stop for good: the first tile that is not begun has only begun ones before it, so
     its rows may be gathered, and a unit is whole before the next one is waited for.
     """
     grid = gl.num_programs(0)
+    first = gl.program_id(0) * _GATHERERS + WARP
+    step = grid * _GATHERERS
     r = gl.arange(0, _UNIT, layout=gl.SliceLayout(1, _UNIT_LAYOUT))
     c = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, _UNIT_LAYOUT))
     blocks = gl.cdiv(D, _COLUMNS)
     _, total, column_tiles, _ = walk
     seen = 0  # begun, when last looked at
-    tile, wanted, row, left, token = find_unit(gl.program_id(0), walk, token_of_row_ptr, r)
-    for unit in range(gl.program_id(0), total // column_tiles * _UNITS, grid):
-        after = find_unit(unit + grid, walk, token_of_row_ptr, r)
+    tile, wanted, row, left, token = find_unit(first, walk, token_of_row_ptr, r)
+    for unit in range(first, total // column_tiles * _UNITS, step):
+        after = find_unit(unit + step, walk, token_of_row_ptr, r)
         if left > 0:
             while seen + grid < wanted:
                 seen = gl.atomic_add(begun_ptr, 0, sem="relaxed", scope="gpu")
@@ -110,7 +115,7 @@ def gather(x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, cop
                              mask=inside[:, None] & (column < D)[None, :])
                     stored += 1
             async_copy.wait_group(0)
-            fence_async_global(2)
+            fence_async_global(1)
             sync_threads()
             gl.atomic_add(ready_ptr + tile, 1, sem="release", scope="gpu")
         tile, wanted, row, left, token = after
@@ -151,17 +156,19 @@ def up_ahead_kernel(
     dealt: gl.constexpr = len(gate_up_desc.block_type.shape) == 5
     begin_tile: gl.constexpr = wait_for_rows
     ring = open_ring(1)
-    copies = gl.allocate_shared_memory(gl.bfloat16, [_COPIES, _UNIT, _COLUMNS], _FLAT)
+    copies0 = gl.allocate_shared_memory(gl.bfloat16, [_COPIES, _UNIT, _COLUMNS], _FLAT)
+    copies1 = gl.allocate_shared_memory(gl.bfloat16, [_COPIES, _UNIT, _COLUMNS], _FLAT)
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     follow()
     walk = walk_tiles(tiles_ptr, tile_count_ptr, F8 * 16, D)
     gl.warp_specialize([
         (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 0, False)),
         (consume_hidden, (hidden_ptr, F8, walk[3], ring, dealt, LATE, 1, False)),
-        (gather, (x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies)),
+        (gather, (x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies0, 0)),
+        (gather, (x_ptr, token_of_row_ptr, rows_ptr, D, walk, ready_ptr, begun_ptr, copies1, 1)),
         (produce_rows, (rows_desc, gate_up_desc, walk, one_band(walk), claimed_ptr, F8 * 16, ring, None, None,
                         begin_tile, (ready_ptr, begun_ptr))),
-    ], [4, 2, 1], [224, 56, 56])
+    ], [4, 1, 1, 1], [224, 56, 56, 56])
 
 
 def up_ahead(
