@@ -162,7 +162,7 @@ def tie_fault(module: ModuleType, tiling: RouteTiling, device: torch.device) -> 
     x_TD, router_ED, logits_TE = tied(T, D, E, device)
     found = module.route(x_TD, router_ED, K, module.new_arrivals(device), ROW_TILE, tiling=tiling)
     expected = [sorted(range(E), key=lambda e, logits=logits: (-logits[e], e))[:K] for logits in logits_TE.tolist()]
-    return found.expert_ids_TK.tolist() != expected
+    return found.expert_ids_TK.tolist() != expected or index_fault(found, E, ROW_TILE) != ""
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -340,8 +340,12 @@ class Fault:
 
 FAULTS = (
     Fault("ties to the higher expert", "routing_kernels",
-          "tl.min(tl.where(keys == best[:, None], e[None, :], e.shape[0]), 1)",
-          "tl.max(tl.where(keys == best[:, None], e[None, :], -1), 1)"),
+          "tl.min(tl.where(high == best[:, None], high_e, e.shape[0]), 1)",
+          "tl.max(tl.where(high == best[:, None], high_e, -1), 1)"),
+    Fault("of neighbours that tie the higher", "routing_kernels", "odd > even", "odd >= even"),
+    Fault("a neighbour forgotten", "routing_kernels", "high = tl.maximum(left, low)", "high = left"),
+    Fault("a neighbour chosen twice", "routing_kernels", "low = tl.minimum(left, low)", "low = low"),
+    Fault("those that tie with the last one ranked", "routing_kernels", "& (e[None, :] <= last_expert[:, None])", ""),
     Fault("a slot counts itself", "routing_kernels", "i[None, :] < i[:, None]", "i[None, :] <= i[:, None]"),
     Fault("unstable order", "routing_kernels", "i[None, :] < i[:, None]", "i[None, :] > i[:, None]"),
     Fault("blocks before forgotten", "routing_kernels", "first_row[None, :] + tl.cumsum(counts, 0) - counts",
@@ -354,7 +358,7 @@ FAULTS = (
           "tl.where((e < E)[None, :], tl.exp(logits - top_logit[:, None]), 0.0)",
           "tl.exp(logits - top_logit[:, None])"),
     Fault("tokens that are padding counted", "routing_kernels",
-          "(e < E)[None, :] & (t < T)[:, None]", "(e < E)[None, :]"),
+          "chosen = chosen & (t < T)[:, None]", "chosen = chosen"),
     Fault("counter left standing", "routing_kernels", "tl.store(counter_ptr, 0)", "tl.store(counter_ptr, 1)"),
     Fault("ragged row tile dropped", "routing_kernels", "(counts + (ROW_TILE - 1)) // ROW_TILE", "counts // ROW_TILE"),
     Fault("last offset is not R", "routing_kernels", "mask=e == E - 1", "mask=e == E"),

@@ -42,6 +42,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ONE_LAUNCH_TOKENS = 256
 GROUP_TOKENS = 256
+MOST_TOKENS = 1 << 22  # each group of them adds up what all blocks chose, and of more that would be felt
 MOST_EXPERTS = 512  # a program holds the logits of 16 tokens for all experts: of more, the registers spill
 
 
@@ -105,7 +106,7 @@ def list_work(offsets_E1: torch.Tensor, R: int, row_tile: int) -> torch.Tensor:
 
 def new_arrivals(device: torch.device | str) -> torch.Tensor:
     """Counters that every call of route leaves at zero. Calls that share them must not overlap."""
-    return torch.zeros(1 << 14, dtype=torch.int32, device=device)
+    return torch.zeros(ONE_LAUNCH_TOKENS // 16 + 1, dtype=torch.int32, device=device)
 
 
 def scores_sum_to_one(cfg: MoEConfig) -> bool:
@@ -136,9 +137,9 @@ def route(
     require_width("D", D)
     if not 1 <= K <= E <= MOST_EXPERTS:
         raise ValueError(f"K={K} and E={E}, but route needs 1 <= K <= E <= {MOST_EXPERTS}")
-    if max(R, T + GROUP_TOKENS) >= 2**31 or triton.cdiv(T, GROUP_TOKENS) > arrivals_A.numel():
-        raise ValueError(f"T={T} and K={K}, but route takes at most {GROUP_TOKENS * arrivals_A.numel()} tokens and "
-                         f"2**31 rows a call: split the batch")
+    if R >= 2**31 or T > MOST_TOKENS:
+        raise ValueError(f"T={T} and K={K}, but route takes at most {MOST_TOKENS} tokens and 2**31 rows a call: "
+                         f"split the batch")
 
     def int32(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -166,6 +167,9 @@ def route(
                   PDL=early_launch(device))
 
     if tiling.launches == 1:
+        if num_blocks >= arrivals_A.numel():
+            raise ValueError(f"tiling: one launch takes at most {arrivals_A.numel() - 1} blocks of tokens, T={T} in "
+                             f"blocks of {block_T} are {num_blocks}: use two or three launches")
         partials_SBE = torch.empty(splits, num_blocks * block_T, block_E, dtype=torch.float32, device=device)
         launch(route_and_place_kernel, (num_blocks, splits),
             x_TD, router_ED, partials_SBE, arrivals_A, counts_BE, *choice, out.token_of_row_R, out.offsets_E1,
@@ -176,8 +180,7 @@ def route(
 
     group = GROUP_TOKENS // block_T
     groups = triton.cdiv(num_blocks, group)
-    group_counts_GE = int32(groups, block_E)
-    shared = arrivals_A, counts_BE, group_counts_GE, *choice
+    shared = counts_BE, *choice
     logits_T, logits_E = tiling.logits_T or block_T, min(256, block_E)
     # As many stages as fit: of one program an SM, or of two where each also chooses.
     shared_bytes = shared_bytes if tiling.launches == 3 else shared_bytes // 2
@@ -186,7 +189,7 @@ def route(
     router_desc = TensorDescriptor.from_tensor(router_ED, [logits_E, block_D])
     if tiling.launches == 2:
         launch(logits_and_choose_kernel, (num_blocks,),
-            x_desc, router_desc, *shared, T, D, E, RENORMALIZE=renormalize, GROUP=group, BLOCK_D=block_D,
+            x_desc, router_desc, *shared, T, D, E, RENORMALIZE=renormalize, BLOCK_D=block_D,
             STAGES=stages, num_warps=tiling.warps, **common)
     else:
         partials_STE = torch.empty(splits, T, block_E, dtype=torch.float32, device=device)
@@ -194,10 +197,10 @@ def route(
             x_desc, router_desc, partials_STE, T, D, split_D, E_PAD=block_E, BLOCK_T=logits_T, BLOCK_E=logits_E,
             BLOCK_D=block_D, STAGES=stages, PDL=common["PDL"], num_warps=8 if logits_T * logits_E >= 16384 else 4)
         launch(choose_kernel, (num_blocks,),
-            partials_STE, *shared, T, E, RENORMALIZE=renormalize, SPLITS=splits, GROUP=group,
+            partials_STE, *shared, T, E, RENORMALIZE=renormalize, SPLITS=splits,
             num_warps=tiling.warps, **common, **launch_options(device))
     launch(place_kernel, (groups,),
-        counts_BE, group_counts_GE, out.expert_ids_TK, out.row_of_slot_TK, out.token_of_row_R, out.offsets_E1,
+        counts_BE, out.expert_ids_TK, out.row_of_slot_TK, out.token_of_row_R, out.offsets_E1,
         out.work_W4, T, E, W, num_blocks, ROW_TILE=row_tile, GROUP=group, CHUNK=max(4, 8192 // block_E), num_warps=8,
         **common, **launch_options(device))
     return out
