@@ -180,7 +180,7 @@ def route(
 
     group = GROUP_TOKENS // block_T
     groups = triton.cdiv(num_blocks, group)
-    shared = counts_BE, *choice
+    scoring = dict(RENORMALIZE=renormalize, EVEN_E=block_E == E)
     logits_T, logits_E = tiling.logits_T or block_T, min(256, block_E)
     # As many stages as fit: of one program an SM, or of two where each also chooses.
     shared_bytes = shared_bytes if tiling.launches == 3 else shared_bytes // 2
@@ -189,7 +189,7 @@ def route(
     router_desc = TensorDescriptor.from_tensor(router_ED, [logits_E, block_D])
     if tiling.launches == 2:
         launch(logits_and_choose_kernel, (num_blocks,),
-            x_desc, router_desc, *shared, T, D, E, RENORMALIZE=renormalize, BLOCK_D=block_D,
+            x_desc, router_desc, counts_BE, *choice, T, D, E, **scoring, BLOCK_D=block_D,
             STAGES=stages, num_warps=tiling.warps, **common)
     else:
         partials_STE = torch.empty(splits, T, block_E, dtype=torch.float32, device=device)
@@ -197,7 +197,7 @@ def route(
             x_desc, router_desc, partials_STE, T, D, split_D, E_PAD=block_E, BLOCK_T=logits_T, BLOCK_E=logits_E,
             BLOCK_D=block_D, STAGES=stages, PDL=common["PDL"], num_warps=8 if logits_T * logits_E >= 16384 else 4)
         launch(choose_kernel, (num_blocks,),
-            partials_STE, *shared, T, E, RENORMALIZE=renormalize, SPLITS=splits,
+            partials_STE, counts_BE, *choice, T, E, **scoring, SPLITS=splits,
             num_warps=tiling.warps, **common, **launch_options(device))
     launch(place_kernel, (groups,),
         counts_BE, out.expert_ids_TK, out.row_of_slot_TK, out.token_of_row_R, out.offsets_E1,

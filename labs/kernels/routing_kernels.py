@@ -102,37 +102,39 @@ def choose_experts(
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    EVEN_E: tl.constexpr,
 ):
     """Top-k of each token, its scores, and each slot's rank among its expert's rows in this block.
 
     Returns expert_ids, scores, ranks (BLOCK_T, TOP_K_POW2), valid in the first TOP_K columns, and counts (BLOCK_E,).
+    EVEN_E: E is BLOCK_E. No expert is padding then.
     """
     BLOCK_T: tl.constexpr = t.shape[0]
     BLOCK_E: tl.constexpr = e.shape[0]
     keys = sortable((logits + 0.0).to(tl.int32, bitcast=True))  # + 0.0: -0.0 ties with 0.0
-    keys = tl.where((e < E)[None, :], keys, TAKEN)
-    top_logit = sortable(tl.max(keys, 1)).to(tl.float32, bitcast=True)
-    if not RENORMALIZE:
-        total = tl.sum(tl.where((e < E)[None, :], tl.exp(logits - top_logit[:, None]), 0.0), 1)
+    if not EVEN_E:
+        keys = tl.where((e < E)[None, :], keys, TAKEN)
+        logits = tl.where((e < E)[None, :], logits, float("-inf"))
     expert_ids, chosen_keys, last_key, last_expert = pick(keys, e, TOP_K, TOP_K_POW2)
     chosen_logits = sortable(chosen_keys).to(tl.float32, bitcast=True)
-    k = tl.arange(0, TOP_K_POW2)
-    scores = tl.where((k < TOP_K)[None, :], tl.exp(chosen_logits - top_logit[:, None]), 0.0)
-    if RENORMALIZE:
-        total = tl.sum(scores, 1)
+    k = tl.arange(0, TOP_K_POW2)[None, :]
+    top_logit = tl.max(tl.where(k == 0, chosen_logits, float("-inf")), 1)[:, None]
+    scores = tl.where(k < TOP_K, tl.exp(chosen_logits - top_logit), 0.0)
+    total = tl.sum(scores if RENORMALIZE else tl.exp(logits - top_logit), 1)
     scores = scores / total[:, None]
 
     chosen = (keys > last_key[:, None]) | ((keys == last_key[:, None]) & (e[None, :] <= last_expert[:, None]))
     chosen = chosen & (t < T)[:, None]
     i = tl.arange(0, BLOCK_T)
-    earlier = tl.where(i[None, :] < i[:, None], 1.0, 0.0).to(tl.float16)
-    chosen_earlier = tl.dot(earlier, tl.where(chosen, 1.0, 0.0).to(tl.float16))  # exact: at most BLOCK_T
+    up_to = tl.where(i[None, :] <= i[:, None], 1.0, 0.0).to(tl.float16)
+    chosen_up_to = tl.dot(up_to, tl.where(chosen, 1.0, 0.0).to(tl.float16))  # exact: at most BLOCK_T
     # Of a flat array tl.gather goes through shared memory. Along an axis that lies in one warp it takes shuffles and
     # selects, for 64 tokens and 128 experts 1300 instructions a warp in place of a hundred.
-    places = i[:, None] * BLOCK_E + expert_ids
-    ranks = tl.gather(tl.reshape(chosen_earlier, [BLOCK_T * BLOCK_E]), tl.reshape(places, [BLOCK_T * TOP_K_POW2]), 0)
-    ranks = tl.reshape(ranks, [BLOCK_T, TOP_K_POW2]).to(tl.int32)
-    return expert_ids, scores, ranks, tl.sum(chosen.to(tl.int32), 0)
+    flat = tl.reshape(chosen_up_to, [BLOCK_T * BLOCK_E])
+    places = tl.reshape(i[:, None] * BLOCK_E + expert_ids, [BLOCK_T * TOP_K_POW2])
+    ranks = tl.reshape(tl.gather(flat, places, 0), [BLOCK_T, TOP_K_POW2]).to(tl.int32) - 1
+    counts = tl.gather(flat, (BLOCK_T - 1) * BLOCK_E + e, 0).to(tl.int32)
+    return expert_ids, scores, ranks, counts
 
 
 @triton.jit
@@ -282,9 +284,11 @@ def finish_block(
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    EVEN_E: tl.constexpr,
 ):
     """Choice of one token block, and how many of its tokens chose each expert, stored."""
-    expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE)
+    expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE,
+                                                       EVEN_E)
     store_choice(expert_ids, scores, ranks, t, expert_ids_ptr, scores_ptr, ranks_ptr, T, TOP_K)
     tl.store(counts_ptr + block * e.shape[0] + e, counts.to(tl.uint8))
 
@@ -334,7 +338,8 @@ def route_and_place_kernel(
         logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
         for s in tl.static_range(SPLITS):
             logits += tl.load(part_ptrs + s * part_stride, cache_modifier=".cg")
-        expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE)
+        # Never EVEN_E: without the mask ptxas has the parts of 512 experts in registers at once, and spills.
+        expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE, False)
         if NUM_BLOCKS == 1:
             first_row = tl.cumsum(counts, 0) - counts
             rows = tl.gather(tl.broadcast_to(first_row[None, :], [BLOCK_T, BLOCK_E]), expert_ids, 1) + ranks
@@ -402,6 +407,7 @@ def choose_kernel(
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    EVEN_E: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -419,7 +425,7 @@ def choose_kernel(
         row = t.to(tl.int64) + s * T.to(tl.int64)
         logits += tl.load(partials_ptr + row[:, None] * BLOCK_E + e[None, :], mask=(t < T)[:, None], other=0.0)
     finish_block(logits, block, t, e, counts_ptr, expert_ids_ptr, scores_ptr, ranks_ptr, T, E, TOP_K, TOP_K_POW2,
-                 RENORMALIZE)
+                 RENORMALIZE, EVEN_E)
 
 
 @triton.jit(do_not_specialize=["T", "E"])
@@ -434,6 +440,7 @@ def logits_and_choose_kernel(
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    EVEN_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -456,7 +463,7 @@ def logits_and_choose_kernel(
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     finish_block(logits, block, t, e, counts_ptr, expert_ids_ptr, scores_ptr, ranks_ptr, T, E, TOP_K, TOP_K_POW2,
-                 RENORMALIZE)
+                 RENORMALIZE, EVEN_E)
 
 
 @triton.jit(do_not_specialize=["T", "E", "W", "num_blocks"])
