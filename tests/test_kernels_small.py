@@ -64,13 +64,16 @@ ROUTE_CASES = (
     RouteCase("softmax over the chosen, renormalized", T=18, D=64, E=12, K=5, scoring="topk_softmax"),
     RouteCase("two ragged groups of blocks", T=301, D=40, E=24, K=4, paths=("two launches", "three launches")),
     RouteCase("experts in two boxes", T=20, D=32, E=300, K=4, paths=("three launches",)),
+    RouteCase("more blocks than a chunk", T=300, D=32, E=300, K=2, paths=("three launches",)),
+    RouteCase("as many tokens as one launch takes", T=256, D=32, E=8, K=2, paths=("one launch",)),
 )
 ROUTES = [(case, path) for case in ROUTE_CASES for path in case.paths]
 # Enough of them to catch any fault below.
 FAULT_ROUTES = [(case, path) for case, path in ROUTES if path in {
     "prime experts, odd tokens": ("one launch", "three launches"), "K is E": ("one launch",),
     "softmax over the chosen": ("one launch",), "scores not renormalized": ("one launch",),
-    "two ragged groups of blocks": ("two launches",),
+    "two ragged groups of blocks": ("two launches",), "more blocks than a chunk": ("three launches",),
+    "as many tokens as one launch takes": ("one launch",),
 }.get(case.why, ())]
 
 
@@ -288,8 +291,8 @@ def test_misfits_are_named(device):
     arrivals_A = routing.new_arrivals(device)
     tiles = decode.tiles_for(20, 32, 24, 6, 132)
 
-    def route(x=x_TD, router=weights.router_ED, K=2):
-        return routing.route(x, router, K, arrivals_A, tiles.row_tile)
+    def route(x=x_TD, router=weights.router_ED, K=2, tiling=None):
+        return routing.route(x, router, K, arrivals_A, tiles.row_tile, tiling=tiling)
 
     routed = route()
     indices = routed.token_of_row_R, routed.work_W4
@@ -303,6 +306,9 @@ def test_misfits_are_named(device):
         "x_TD has strides": lambda: route(x=x_TD.T.contiguous().T),
         "K=7 and E=6": lambda: route(K=7),
         "K=0 and E=6": lambda: route(K=0),
+        "takes at most 4194304 tokens": lambda: route(x_TD.new_empty(2**22 + 1, 8), weights.router_ED[:, :8].clone()),
+        "at most 128 tokens": lambda: route(tiling=RouteTiling(3, 256, 8)),
+        "one launch takes at most 16 blocks": lambda: route(tiling=RouteTiling(1, 16, 4), x=x_TD.repeat(26, 1)),
         "D=28, but the kernels need a multiple of 8":
             lambda: route(x_TD[:, :28].clone(), weights.router_ED[:, :28].clone()),
         r"gate_up_E2FD has shape \(6, 48, 24\), but needs \(6, 48, 32\)":
@@ -340,7 +346,7 @@ class Fault:
 
 FAULTS = (
     Fault("ties to the higher expert", "routing_kernels",
-          "tl.min(tl.where(high == best[:, None], high_e, e.shape[0]), 1)",
+          "tl.min(tl.where(high == best[:, None], high_e, keys.shape[1]), 1)",
           "tl.max(tl.where(high == best[:, None], high_e, -1), 1)"),
     Fault("of neighbours that tie the higher", "routing_kernels", "odd > even", "odd >= even"),
     Fault("a neighbour forgotten", "routing_kernels", "high = tl.maximum(left, low)", "high = left"),
@@ -351,6 +357,11 @@ FAULTS = (
     Fault("unstable order", "routing_kernels", "i[None, :] <= i[:, None]", "i[None, :] >= i[:, None]"),
     Fault("blocks before forgotten", "routing_kernels", "first_row[None, :] + tl.cumsum(counts, 0) - counts",
           "first_row[None, :] + tl.zeros_like(counts)"),
+    Fault("counts of the first blocks only", "routing_kernels", "tl.range(0, num_blocks, CHUNK, loop_unroll_factor=4)",
+          "tl.range(0, CHUNK, CHUNK)"),
+    Fault("blocks of later chunks before all", "routing_kernels", "(start + tl.arange(0, CHUNK) <",
+          "(tl.arange(0, CHUNK) <"),
+    Fault("a counter too few", "routing", "ONE_LAUNCH_TOKENS // 16 + 1", "ONE_LAUNCH_TOKENS // 16"),
     Fault("groups before forgotten", "routing_kernels", "first_row + before, counts", "first_row, counts"),
     Fault("last part of D forgotten", "routing_kernels", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
     Fault("an expert that is padding", "routing_kernels",

@@ -42,7 +42,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ONE_LAUNCH_TOKENS = 256
 GROUP_TOKENS = 256
-MOST_TOKENS = 1 << 22  # each group of them adds up what all blocks chose, and of more that would be felt
+MOST_TOKENS = 1 << 22  # each group of them adds up what all blocks chose: from a million on, as long as all the rest
 MOST_EXPERTS = 512  # a program holds the logits of 16 tokens for all experts: of more, the registers spill
 
 
@@ -154,6 +154,8 @@ def route(
 
     tiling = tiling or route_tiling_for(T, E, sm_count(device))
     block_T, block_E = tiling.block_T, expert_block(E)
+    if block_T > 128 or (tiling.launches == 2 and block_E > 256):
+        raise ValueError(f"tiling: {tiling}, but blocks have at most 128 tokens, and two launches at most 256 experts")
     shared_bytes, itemsize = pipeline_bytes(device), x_TD.element_size()
     block_D = 64
     if tiling.launches == 1:  # three stages of tokens and experts in shared memory

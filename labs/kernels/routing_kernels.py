@@ -61,7 +61,7 @@ def partial_logits(
 
 @triton.jit
 def pick(
-    keys, e,
+    keys,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
 ):
@@ -72,7 +72,7 @@ def pick(
     for 128 experts 295 instructions a round, where a look at all keys takes 369 (LOG.md, row 48).
     """
     BLOCK_T: tl.constexpr = keys.shape[0]
-    HALF: tl.constexpr = e.shape[0] // 2
+    HALF: tl.constexpr = keys.shape[1] // 2
     even, odd = tl.split(tl.reshape(keys, [BLOCK_T, HALF, 2]))  # neighbours lie in one thread
     even_e = 2 * tl.arange(0, HALF)[None, :]
     high = tl.maximum(even, odd)
@@ -85,7 +85,7 @@ def pick(
     winner = tl.zeros([BLOCK_T], tl.int32)
     for i in tl.range(TOP_K):
         best = tl.max(high, 1)
-        winner = tl.min(tl.where(high == best[:, None], high_e, e.shape[0]), 1)
+        winner = tl.min(tl.where(high == best[:, None], high_e, keys.shape[1]), 1)
         expert_ids = tl.where(k[None, :] == i, winner[:, None], expert_ids)
         chosen_keys = tl.where(k[None, :] == i, best[:, None], chosen_keys)
         won = high_e == winner[:, None]
@@ -115,7 +115,7 @@ def choose_experts(
     if not EVEN_E:
         keys = tl.where((e < E)[None, :], keys, TAKEN)
         logits = tl.where((e < E)[None, :], logits, float("-inf"))
-    expert_ids, chosen_keys, last_key, last_expert = pick(keys, e, TOP_K, TOP_K_POW2)
+    expert_ids, chosen_keys, last_key, last_expert = pick(keys, TOP_K, TOP_K_POW2)
     chosen_logits = sortable(chosen_keys).to(tl.float32, bitcast=True)
     k = tl.arange(0, TOP_K_POW2)[None, :]
     top_logit = tl.max(tl.where(k == 0, chosen_logits, float("-inf")), 1)[:, None]
@@ -342,7 +342,8 @@ def route_and_place_kernel(
         expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE, False)
         if NUM_BLOCKS == 1:
             first_row = tl.cumsum(counts, 0) - counts
-            rows = tl.gather(tl.broadcast_to(first_row[None, :], [BLOCK_T, BLOCK_E]), expert_ids, 1) + ranks
+            slots = tl.reshape(expert_ids, [BLOCK_T * TOP_K_POW2])
+            rows = tl.reshape(tl.gather(first_row, slots, 0), [BLOCK_T, TOP_K_POW2]) + ranks
             store_choice(expert_ids, scores, rows, t, expert_ids_ptr, scores_ptr, row_of_slot_ptr, T, TOP_K)
             valid = (t < T)[:, None] & (tl.arange(0, TOP_K_POW2) < TOP_K)[None, :]
             tl.store(token_of_row_ptr + rows, tl.zeros_like(rows) + t[:, None], mask=valid)
@@ -486,8 +487,8 @@ def place_kernel(
 ):
     """Sorted rows of GROUP token blocks, and a share of the work list. Int32 throughout.
 
-    Grid (groups,): a program owns one group, and adds up the counts of all blocks for itself, CHUNK at a time and four
-    of these on their way. Program 0 also writes the offsets.
+    Grid (groups,): a program owns one group, and adds up the counts of all blocks for itself, CHUNK at a time and the
+    loads of four such together. Program 0 also writes the offsets.
     """
     if PDL:
         gdc_launch_dependents()

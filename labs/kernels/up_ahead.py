@@ -151,7 +151,7 @@ def up_ahead_kernel(
     """rows = x[token], hidden = silu(rows @ gate.T) * (rows @ up.T). D8 and F8 are D / 8 and F / 8.
 
     Grid (SMs,), all at once: a program owns the tiles that it claims, of 128 rows by 128 hidden columns, and every
-    grid-th unit of rows.
+    grid-th pair of units of rows, one a gatherer.
     """
     dealt: gl.constexpr = len(gate_up_desc.block_type.shape) == 5
     begin_tile: gl.constexpr = wait_for_rows
