@@ -64,7 +64,7 @@ def gather_steps(source, inside, D, weights_desc, expert, column, weight_rows, f
     next stage and its phase.
 
     source (128, 64): pointers to the rows' first 64 columns; inside (128,): whether there is such a row.
-    EVEN_K: D is a multiple of 64. No mask of columns then, which cost 1.2% of the kernel (LOG.md, row 44).
+    EVEN_K: D is a multiple of 64. No mask of columns then, which cost up to 1.2% of the kernel (LOG.md, row 44).
     """
     rows, weights, _told, full, empty = ring
     rows = rows._reinterpret(gl.bfloat16, [_STAGES, _TILE_ROWS, _BLOCK_K], _SWIZZLED)  # one copy a stage, not two

@@ -184,7 +184,8 @@ def load_counts(
     BLOCKS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """How many tokens of BLOCKS token blocks chose each expert, (BLOCKS, BLOCK_E), 0 past the last block."""
+    """How many tokens of BLOCKS token blocks chose each expert, (BLOCKS, BLOCK_E), 0 past the last block; from L2, as
+    load_slots."""
     b = first_block + tl.arange(0, BLOCKS)[:, None]
     e = tl.arange(0, BLOCK_E)[None, :]
     return tl.load(counts_ptr + b * BLOCK_E + e, mask=b < num_blocks, other=0, cache_modifier=".cg").to(tl.int32)

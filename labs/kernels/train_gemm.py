@@ -305,8 +305,7 @@ def up(
     gate_up = TensorDescriptor.from_tensor(gate_up_E2FD.view(2 * E, F, D), box, _SWIZZLED_3D.value)
     train_up_kernel[(programs,)](
         readable(rows, gathered), token_of_row_R, plan.claimed_up, gate_up, h_R2F, hidden_RF,
-        plan.tiles_X5, plan.tile_count, D // 8, F // 8, GATHERED=gathered, EVEN_K=not gathered or D % BLOCK_K == 0,
-        **LAUNCH)
+        plan.tiles_X5, plan.tile_count, D // 8, F // 8, GATHERED=gathered, EVEN_K=D % BLOCK_K == 0, **LAUNCH)
 
 
 def hidden_grad(
@@ -324,4 +323,4 @@ def hidden_grad(
     hidden_grad_kernel[(programs,)](
         readable(rows, gathered), token_of_row_R, plan.claimed_up, down, score_of_row_R, h_desc,
         dh_R2F, scaled_RF, d_scores_XR, plan.tiles_X5, plan.tile_count, R, D // 8, F // 8, GATHERED=gathered,
-        EVEN_K=not gathered or D % BLOCK_K == 0, **LAUNCH)
+        EVEN_K=D % BLOCK_K == 0, **LAUNCH)
