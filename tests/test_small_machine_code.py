@@ -16,7 +16,7 @@ from tests.machine_code import Compiled, Request, compile_all
 import triton  # isort: skip  (after common.level, which picks Triton's interpreter where there is no GPU)
 
 HOPPER_SHARED = 227 * 1024
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.float16: "fp16"}
 OTHER_SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}  # that a program may use, in bytes
 ALIGNED = ("D", "F", "split_D", "first_column")  # the numbers that Triton specializes; of others it is told not to
 SEED, MIXTRAL, QWEN = preset("seed"), preset("mixtral-8x7b"), preset("qwen3-30b-a3b")

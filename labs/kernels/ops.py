@@ -33,9 +33,9 @@ def fields(choice: Choice) -> tuple[str, int, list[int]]:
 
 
 def row_tile(x_TD: Tensor, router_ED: Tensor, K: int, F: int, kernels: str) -> int:
-    """Rows a tile of the work list that route writes; only decode.py reads it."""
+    """Rows a tile of the work list that route writes, 0 for none: only decode.py reads it."""
     if kernels != "few_rows":
-        return 128
+        return 0
     (T, D), E = x_TD.shape, router_ED.shape[0]
     return decode.tiles_for(T * K, D, F, E, sm_count(x_TD.device)).row_tile
 

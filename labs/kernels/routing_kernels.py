@@ -10,8 +10,8 @@ How    No sort. A token never picks one expert twice, so the rank of a slot (tok
                                             last of all       counts, offsets, rows, work list
        3 launches  logits_kernel            the first step, 64 or 128 tokens a program, by TMA
                    choose_kernel            the second
-                   place_kernel             the third, one program a group of 256 tokens, each of which adds up
-                                            what all blocks chose: cheaper than a launch for a scan
+                   place_kernel             the third, one program a group of 128 or 256 tokens, each of which adds
+                                            up what all blocks chose: cheaper than a launch for a scan
        2 launches  logits_and_choose_kernel both first steps without leaving registers, then place_kernel
 
        Behind another router, whose choice backward_sort.py sorts, work_kernel writes the work list alone.
@@ -106,8 +106,9 @@ def choose_experts(
 ):
     """Top-k of each token, its scores, and each slot's rank among its expert's rows in this block.
 
-    Returns expert_ids, scores, ranks (BLOCK_T, TOP_K_POW2), valid in the first TOP_K columns, and counts (BLOCK_E,).
-    EVEN_E: E is BLOCK_E. No expert is padding then.
+    Returns expert_ids, scores, ranks (BLOCK_T, TOP_K_POW2), valid in the first TOP_K columns, and how many of the
+    block's tokens up to each one chose each expert, (BLOCK_T, BLOCK_E) float32. EVEN_E: E is BLOCK_E. No expert is
+    padding then.
     """
     BLOCK_T: tl.constexpr = t.shape[0]
     BLOCK_E: tl.constexpr = e.shape[0]
@@ -133,8 +134,7 @@ def choose_experts(
     flat = tl.reshape(chosen_up_to, [BLOCK_T * BLOCK_E])
     places = tl.reshape(i[:, None] * BLOCK_E + expert_ids, [BLOCK_T * TOP_K_POW2])
     ranks = tl.reshape(tl.gather(flat, places, 0), [BLOCK_T, TOP_K_POW2]).to(tl.int32) - 1
-    counts = tl.gather(flat, (BLOCK_T - 1) * BLOCK_E + e, 0).to(tl.int32)
-    return expert_ids, scores, ranks, counts
+    return expert_ids, scores, ranks, chosen_up_to
 
 
 @triton.jit
@@ -178,31 +178,45 @@ def load_slots(
 
 
 @triton.jit
-def load_counts(
-    first_block, num_blocks,
+def count_rows(
+    num_blocks, first_block,
     counts_ptr,  # (num_blocks, BLOCK_E)
     BLOCKS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """How many tokens of BLOCKS token blocks chose each expert, (BLOCKS, BLOCK_E), 0 past the last block; from L2, as
-    load_slots."""
-    b = first_block + tl.arange(0, BLOCKS)[:, None]
-    e = tl.arange(0, BLOCK_E)[None, :]
-    return tl.load(counts_ptr + b * BLOCK_E + e, mask=b < num_blocks, other=0, cache_modifier=".cg").to(tl.int32)
+    """Rows of each expert: in all token blocks, (BLOCK_E,), and in those before block first_block + j, (BLOCK_E, N) for
+    j < BLOCKS of its columns, N the next power of 2.
+
+    A product of the counts with ones and zeros, exact: in float16 they are at most BLOCK_T, in float32 their sums below
+    2**24. From L2, as load_slots.
+    """
+    N: tl.constexpr = max(16, triton.next_power_of_2(BLOCKS + 1))
+    e = tl.arange(0, BLOCK_E)
+    j = tl.arange(0, N)
+    end = tl.where(j == N - 1, num_blocks, first_block + j)
+    rows = tl.zeros([BLOCK_E, N], tl.float32)
+    for start in tl.range(0, num_blocks, CHUNK, num_stages=2):
+        b = start + tl.arange(0, CHUNK)
+        counts = tl.load(counts_ptr + b[:, None] * BLOCK_E + e[None, :], mask=(b < num_blocks)[:, None], other=0.0,
+                         cache_modifier=".cg")
+        rows = tl.dot(counts.T, tl.where(b[:, None] < end[None, :], 1.0, 0.0).to(tl.float16), rows)
+    rows = rows.to(tl.int32)
+    return tl.sum(tl.where((j == N - 1)[None, :], rows, 0), 1), rows
 
 
 @triton.jit
 def store_rows(
-    first_row, counts, slots, exist, block, expert, rank,
+    first_row, rows_before, slots, exist, block, expert, rank,
     row_of_slot_ptr,  # (T, K)
     token_of_row_ptr,  # (R,)
     TOP_K: tl.constexpr,
 ):
-    """Sorted row of each slot: its expert's first row here, plus the counts of the blocks before, plus its rank."""
-    BLOCKS: tl.constexpr = counts.shape[0]
-    BLOCK_E: tl.constexpr = counts.shape[1]
-    first = first_row[None, :] + tl.cumsum(counts, 0) - counts
-    row = rank + tl.gather(tl.reshape(first, [BLOCKS * BLOCK_E]), block * BLOCK_E + expert, 0)
+    """Sorted row of each slot: its expert's first row, plus the expert's rows in the blocks before, plus its rank."""
+    BLOCK_E: tl.constexpr = rows_before.shape[0]
+    N: tl.constexpr = rows_before.shape[1]
+    first = tl.reshape(first_row[:, None] + rows_before, [BLOCK_E * N])
+    row = rank + tl.gather(first, expert * N + block, 0)
     tl.store(row_of_slot_ptr + slots, row, mask=exist)
     tl.store(token_of_row_ptr + row, slots // TOP_K, mask=exist)
 
@@ -224,19 +238,21 @@ def store_work(
     ROW_TILE: tl.constexpr,
 ):
     """Work list entries of the row tiles first, first + step, ... of every expert; by program 0 also their number.
+    Nothing where ROW_TILE is 0.
 
     Experts in order. The m-th tile of an expert starts at its first row + m * ROW_TILE.
     """
-    tiles = (counts + (ROW_TILE - 1)) // ROW_TILE
-    first_tile = tl.cumsum(tiles, 0) - tiles
-    for m in tl.range(first, tl.max(tiles, 0), step):
-        entry = work_ptr + (first_tile + m) * 4
-        tl.store(entry, e, mask=m < tiles)
-        tl.store(entry + 1, first_row, mask=m < tiles)
-        tl.store(entry + 2, first_row + counts, mask=m < tiles)
-        tl.store(entry + 3, first_tile, mask=m < tiles)
-    if first == 0:
-        tl.store(work_ptr + (W - 1) * 4, tl.sum(tiles, 0))
+    if ROW_TILE > 0:
+        tiles = (counts + (ROW_TILE - 1)) // ROW_TILE
+        first_tile = tl.cumsum(tiles, 0) - tiles
+        for m in tl.range(first, tl.max(tiles, 0), step):
+            entry = work_ptr + (first_tile + m) * 4
+            tl.store(entry, e, mask=m < tiles)
+            tl.store(entry + 1, first_row, mask=m < tiles)
+            tl.store(entry + 2, first_row + counts, mask=m < tiles)
+            tl.store(entry + 3, first_tile, mask=m < tiles)
+        if first == 0:
+            tl.store(work_ptr + (W - 1) * 4, tl.sum(tiles, 0))
 
 
 @triton.jit
@@ -286,12 +302,22 @@ def finish_block(
     TOP_K_POW2: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     EVEN_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Choice of one token block, and how many of its tokens chose each expert, stored."""
-    expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE,
-                                                       EVEN_E)
+    """Choice of one token block, and how many of its tokens chose each expert, stored.
+
+    Lets place_kernel start, which must not be early: the first SMs with room would take all of its programs.
+    """
+    expert_ids, scores, ranks, chosen_up_to = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE,
+                                                             EVEN_E)
+    if PDL:
+        gdc_launch_dependents()
     store_choice(expert_ids, scores, ranks, t, expert_ids_ptr, scores_ptr, ranks_ptr, T, TOP_K)
-    tl.store(counts_ptr + block * e.shape[0] + e, counts.to(tl.uint8))
+    # The last token's, from where they lie: in a row of their own first, they would go through shared memory.
+    BLOCK_T: tl.constexpr = t.shape[0]
+    BLOCK_E: tl.constexpr = e.shape[0]
+    count_ptrs = tl.broadcast_to((counts_ptr + block * BLOCK_E + e)[None, :], [BLOCK_T, BLOCK_E])
+    tl.store(count_ptrs, chosen_up_to, mask=(tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "E", "W"])
@@ -300,7 +326,7 @@ def route_and_place_kernel(
     router_ptr,  # (E, D)
     partials_ptr,  # (SPLITS, NUM_BLOCKS * BLOCK_T, BLOCK_E) float32, scratch
     arrivals_ptr,  # (NUM_BLOCKS + 1,) int32, zero before and after
-    counts_ptr,  # (NUM_BLOCKS, BLOCK_E) uint8, scratch
+    counts_ptr,  # (NUM_BLOCKS, BLOCK_E) float16, scratch
     expert_ids_ptr,  # (T, K) int32
     scores_ptr,  # (T, K) float32
     row_of_slot_ptr,  # (T, K) int32
@@ -314,6 +340,7 @@ def route_and_place_kernel(
     ROW_TILE: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     NUM_BLOCKS_POW2: tl.constexpr,
+    CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -340,7 +367,9 @@ def route_and_place_kernel(
         for s in tl.static_range(SPLITS):
             logits += tl.load(part_ptrs + s * part_stride, cache_modifier=".cg")
         # Never EVEN_E: without the mask ptxas has the parts of 512 experts in registers at once, and spills.
-        expert_ids, scores, ranks, counts = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE, False)
+        expert_ids, scores, ranks, chosen_up_to = choose_experts(logits, t, e, T, E, TOP_K, TOP_K_POW2, RENORMALIZE,
+                                                                 False)
+        counts = tl.gather(tl.reshape(chosen_up_to, [BLOCK_T * BLOCK_E]), (BLOCK_T - 1) * BLOCK_E + e, 0).to(tl.int32)
         if NUM_BLOCKS == 1:
             first_row = tl.cumsum(counts, 0) - counts
             slots = tl.reshape(expert_ids, [BLOCK_T * TOP_K_POW2])
@@ -352,14 +381,13 @@ def route_and_place_kernel(
             store_work(work_ptr, W, e, first_row, counts, 0, 1, ROW_TILE)
         else:
             store_choice(expert_ids, scores, ranks, t, expert_ids_ptr, scores_ptr, row_of_slot_ptr, T, TOP_K)
-            tl.store(counts_ptr + block * BLOCK_E + e, counts.to(tl.uint8))
+            tl.store(counts_ptr + block * BLOCK_E + e, counts.to(tl.float16))
             if last_to_arrive(arrivals_ptr + NUM_BLOCKS, NUM_BLOCKS):
                 slots, exist, b, expert, rank = load_slots(0, expert_ids_ptr, row_of_slot_ptr, T, TOP_K, TOP_K_POW2,
                                                            NUM_BLOCKS_POW2, BLOCK_T)
-                counts_BE = load_counts(0, NUM_BLOCKS, counts_ptr, NUM_BLOCKS_POW2, BLOCK_E)
-                total = tl.sum(counts_BE, 0)
+                total, rows_before = count_rows(NUM_BLOCKS, 0, counts_ptr, NUM_BLOCKS, BLOCK_E, CHUNK)
                 first_row = tl.cumsum(total, 0) - total
-                store_rows(first_row, counts_BE, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr,
+                store_rows(first_row, rows_before, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr,
                            TOP_K)
                 store_offsets(offsets_ptr, e, first_row, total, E)
                 store_work(work_ptr, W, e, first_row, total, 0, 1, ROW_TILE)
@@ -401,7 +429,7 @@ def logits_kernel(
 @triton.jit(do_not_specialize=["T", "E"])
 def choose_kernel(
     partials_ptr,  # (SPLITS, T, BLOCK_E) float32
-    counts_ptr,  # (blocks, BLOCK_E) uint8: rows of each expert in each token block
+    counts_ptr,  # (blocks, BLOCK_E) float16: rows of each expert in each token block
     expert_ids_ptr,  # (T, K) int32
     scores_ptr,  # (T, K) float32
     ranks_ptr,  # (T, K) int32: rank of the slot among its expert's rows in its block
@@ -417,7 +445,6 @@ def choose_kernel(
 ):
     """Sum of the partial logits in float32, then finish_block. Grid (token blocks,): a program owns BLOCK_T tokens."""
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     block = tl.program_id(0)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -426,15 +453,15 @@ def choose_kernel(
     for s in tl.static_range(SPLITS):
         row = t.to(tl.int64) + s * T.to(tl.int64)
         logits += tl.load(partials_ptr + row[:, None] * BLOCK_E + e[None, :], mask=(t < T)[:, None], other=0.0)
-    finish_block(logits, block, t, e, counts_ptr, expert_ids_ptr, scores_ptr, ranks_ptr, T, E, TOP_K, TOP_K_POW2,
-                 RENORMALIZE, EVEN_E)
+    finish_block(logits, block, t, e, counts_ptr, expert_ids_ptr, scores_ptr, ranks_ptr, T, E, TOP_K,
+                 TOP_K_POW2, RENORMALIZE, EVEN_E, PDL)
 
 
 @triton.jit(do_not_specialize=["T", "E"])
 def logits_and_choose_kernel(
     x_desc,  # (T, D), box (BLOCK_T, BLOCK_D)
     router_desc,  # (E, D), box (BLOCK_E, BLOCK_D)
-    counts_ptr,  # (blocks, BLOCK_E) uint8
+    counts_ptr,  # (blocks, BLOCK_E) float16
     expert_ids_ptr,  # (T, K) int32
     scores_ptr,  # (T, K) float32
     ranks_ptr,  # (T, K) int32
@@ -454,8 +481,6 @@ def logits_and_choose_kernel(
     Grid (token blocks,): a program owns BLOCK_T tokens. With a warp for every 16 of them, a token's logits
     lie in four threads of one warp and no reduction over experts crosses warps.
     """
-    if PDL:
-        gdc_launch_dependents()
     block = tl.program_id(0)
     logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -464,13 +489,13 @@ def logits_and_choose_kernel(
         logits = tl.dot(x, router.T, logits, input_precision="ieee")
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
-    finish_block(logits, block, t, e, counts_ptr, expert_ids_ptr, scores_ptr, ranks_ptr, T, E, TOP_K, TOP_K_POW2,
-                 RENORMALIZE, EVEN_E)
+    finish_block(logits, block, t, e, counts_ptr, expert_ids_ptr, scores_ptr, ranks_ptr, T, E, TOP_K,
+                 TOP_K_POW2, RENORMALIZE, EVEN_E, PDL)
 
 
 @triton.jit(do_not_specialize=["T", "E", "W", "num_blocks"])
 def place_kernel(
-    counts_ptr,  # (num_blocks, BLOCK_E) uint8
+    counts_ptr,  # (num_blocks, BLOCK_E) float16
     expert_ids_ptr,  # (T, K) int32
     row_of_slot_ptr,  # (T, K) int32: ranks within the block on entry, sorted rows on exit
     token_of_row_ptr,  # (R,) int32
@@ -488,8 +513,8 @@ def place_kernel(
 ):
     """Sorted rows of GROUP token blocks, and a share of the work list. Int32 throughout.
 
-    Grid (groups,): a program owns one group, and adds up the counts of all blocks for itself, CHUNK at a time and the
-    loads of four such together. Program 0 also writes the offsets.
+    Grid (groups,): a program owns one group, and adds up the counts of all blocks for itself, CHUNK at a time.
+    Program 0 also writes the offsets.
     """
     if PDL:
         gdc_launch_dependents()
@@ -498,17 +523,9 @@ def place_kernel(
     e = tl.arange(0, BLOCK_E)
     slots, exist, b, expert, rank = load_slots(group * GROUP, expert_ids_ptr, row_of_slot_ptr, T, TOP_K, TOP_K_POW2,
                                                GROUP, BLOCK_T)
-    all_counts = tl.zeros([CHUNK, BLOCK_E], tl.int32)
-    counts_before = tl.zeros([CHUNK, BLOCK_E], tl.int32)
-    for start in tl.range(0, num_blocks, CHUNK, loop_unroll_factor=4):
-        chunk = load_counts(start, num_blocks, counts_ptr, CHUNK, BLOCK_E)
-        all_counts += chunk
-        counts_before += tl.where((start + tl.arange(0, CHUNK) < group * GROUP)[:, None], chunk, 0)
-    total = tl.sum(all_counts, 0)
-    before = tl.sum(counts_before, 0)
+    total, rows_before = count_rows(num_blocks, group * GROUP, counts_ptr, GROUP, BLOCK_E, CHUNK)
     first_row = tl.cumsum(total, 0) - total
-    counts = load_counts(group * GROUP, num_blocks, counts_ptr, GROUP, BLOCK_E)
-    store_rows(first_row + before, counts, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr, TOP_K)
+    store_rows(first_row, rows_before, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr, TOP_K)
     if group == 0:
         store_offsets(offsets_ptr, e, first_row, total, E)
     store_work(work_ptr, W, e, first_row, total, group, tl.num_programs(0), ROW_TILE)
