@@ -62,7 +62,7 @@ ROUTE_CASES = (
     RouteCase("scores not renormalized", T=50, D=64, E=12, K=5, renormalize=False),
     RouteCase("softmax over the chosen", T=50, D=64, E=12, K=5, scoring="topk_softmax", renormalize=False),
     RouteCase("softmax over the chosen, renormalized", T=18, D=64, E=12, K=5, scoring="topk_softmax"),
-    RouteCase("two ragged groups of blocks", T=301, D=40, E=24, K=4, paths=("two launches", "three launches")),
+    RouteCase("ragged groups of blocks", T=301, D=40, E=24, K=4, paths=("two launches", "three launches")),
     RouteCase("experts in two boxes", T=20, D=32, E=300, K=4, paths=("three launches",)),
     RouteCase("more blocks than a chunk", T=600, D=32, E=300, K=2, paths=("three launches",)),
     RouteCase("as many tokens as one launch takes", T=256, D=32, E=8, K=2, paths=("one launch",)),
@@ -72,7 +72,7 @@ ROUTES = [(case, path) for case in ROUTE_CASES for path in case.paths]
 FAULT_ROUTES = [(case, path) for case, path in ROUTES if path in {
     "prime experts, odd tokens": ("one launch", "three launches"), "K is E": ("one launch",),
     "softmax over the chosen": ("one launch",), "scores not renormalized": ("one launch",),
-    "two ragged groups of blocks": ("two launches",), "more blocks than a chunk": ("three launches",),
+    "ragged groups of blocks": ("two launches",), "more blocks than a chunk": ("three launches",),
     "as many tokens as one launch takes": ("one launch",),
 }.get(case.why, ())]
 
@@ -183,6 +183,24 @@ def test_a_nan_token_corrupts_no_index(path, device):
     assert sorted(set(dirty.expert_ids_TK[7].tolist())) == sorted(dirty.expert_ids_TK[7].tolist())
     others = torch.arange(30, device=device) != 7
     assert torch.equal(clean.scores_TK[others], dirty.scores_TK[others])
+
+
+@pytest.mark.parametrize("path", ["two launches", "three launches"])
+def test_groups_of_twice_as_many_tokens_where_there_are_more_than_sms(path, device, monkeypatch):
+    monkeypatch.setattr(routing, "sm_count", lambda device: 2)
+    case = RouteCase("", T=301, D=40, E=24, K=4)
+    assert not routing_fault(routing, case, PATHS[path], torch.float16, device)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_work_list_where_nobody_reads_it(path, device):
+    assert routing.work_entries(80, 6, 0) == 0
+    router_ED = make_weights(MoEConfig("case", 32, 8, 6, 3), torch.float16, device).router_ED
+    x_TD = torch.randn(140, 32, device=device).half()
+    found, listed = (routing.route(x_TD, router_ED, 3, routing.new_arrivals(device), row_tile, tiling=PATHS[path])
+                     for row_tile in (0, ROW_TILE))
+    assert found.work_W4.shape == (0, 4)
+    assert all(torch.equal(*both) for both in zip(found[:-1], listed[:-1], strict=True))
 
 
 def test_no_tokens(device):
@@ -354,7 +372,11 @@ FAULTS = (
     Fault("those that tie with the last one ranked", "routing_kernels", "& (e[None, :] <= last_expert[:, None])", ""),
     Fault("a slot counts itself", "routing_kernels", ".to(tl.int32) - 1", ".to(tl.int32)"),
     Fault("the last token not counted", "routing_kernels", "== BLOCK_T - 1)", "== BLOCK_T - 2)"),
-    Fault("unstable order", "routing_kernels", "i[None, :] <= i[:, None]", "i[None, :] >= i[:, None]"),
+    Fault("the last token not counted, in one launch", "routing_kernels", "(BLOCK_T - 1) * BLOCK_E + e",
+          "(BLOCK_T - 2) * BLOCK_E + e"),
+    Fault("unstable order", "routing_kernels", "places, 0), [BLOCK_T, TOP_K_POW2]).to(tl.int32) - 1",
+          "places, 0), [BLOCK_T, TOP_K_POW2]).to(tl.int32) * 0 + tl.reshape(tl.gather(flat, places % BLOCK_E + "
+          "(BLOCK_T - 1) * BLOCK_E, 0) - tl.gather(flat, places, 0), [BLOCK_T, TOP_K_POW2]).to(tl.int32)"),
     Fault("blocks before forgotten", "routing_kernels", "first_row[:, None] + rows_before",
           "first_row[:, None] + 0 * rows_before"),
     Fault("counts of the first blocks only", "routing_kernels", "tl.range(0, num_blocks, CHUNK, num_stages=2)",

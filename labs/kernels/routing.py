@@ -42,7 +42,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ONE_LAUNCH_TOKENS = 256
 GROUP_TOKENS = 128  # of a program of place_kernel, twice as many where that is more programs than SMs
-MOST_TOKENS = 1 << 22  # each such group adds up what all blocks chose: from half a million on, as long as all the rest
+# Each such group adds up what all blocks chose. Reckoned, not timed: in blocks of 64 tokens that takes as long as all
+# the rest from half a million on.
+MOST_TOKENS = 1 << 22
 MOST_EXPERTS = 512  # a program holds the logits of 16 tokens for all experts: of more, the registers spill
 
 
@@ -129,9 +131,8 @@ def route(
     """Each token's K experts and scores, and the index arrays that sort the R = T*K rows by expert.
 
     x_TD (T, D), T >= 0, and router_ED (E, D): contiguous, one dtype of DTYPES, D a multiple of 8. arrivals_A from
-    new_arrivals. row_tile is what the reader of work_W4 calls a row tile, 0 where nobody
-    reads it: there is no list then. Scores are the softmax over all E experts,
-    divided by the sum of the chosen ones if `renormalize`. Raises ValueError where arguments do not fit.
+    new_arrivals. row_tile is what the reader of work_W4 calls a row tile, 0 for no list. Scores are the softmax over
+    all E experts, divided by the sum of the chosen ones if `renormalize`. Raises ValueError where arguments do not fit.
     """
     (T, D), (E, _), device = x_TD.shape, router_ED.shape, x_TD.device
     R = T * K
@@ -168,7 +169,6 @@ def route(
     split_D = triton.cdiv(triton.cdiv(D, tiling.splits), block_D) * block_D
     splits = triton.cdiv(D, split_D)
     counts_BE = torch.empty(num_blocks, block_E, dtype=torch.float16, device=device)
-    chunk = max(16, min(triton.next_power_of_2(num_blocks), 16384 // block_E, 256))  # blocks of 32 KB
     choice = (out.expert_ids_TK, out.scores_TK, out.row_of_slot_TK)
     common = dict(TOP_K=K, TOP_K_POW2=triton.next_power_of_2(K), BLOCK_T=block_T, BLOCK_E=block_E,
                   PDL=early_launch(device))
@@ -181,10 +181,12 @@ def route(
         launch(route_and_place_kernel, (num_blocks, splits),
             x_TD, router_ED, partials_SBE, arrivals_A, counts_BE, *choice, out.token_of_row_R, out.offsets_E1,
             out.work_W4, T, D, E, W, split_D, RENORMALIZE=renormalize, ROW_TILE=row_tile, NUM_BLOCKS=num_blocks,
-            NUM_BLOCKS_POW2=triton.next_power_of_2(num_blocks), CHUNK=chunk, SPLITS=splits, BLOCK_D=block_D,
+            NUM_BLOCKS_POW2=triton.next_power_of_2(num_blocks), SPLITS=splits, BLOCK_D=block_D,
             num_warps=tiling.warps, **common)
         return out
 
+    # Blocks whose counts place_kernel adds up at a time, at most 32 KB of them; it is compiled for each.
+    chunk = max(16, min(triton.next_power_of_2(num_blocks), 16384 // block_E, 256))
     group = GROUP_TOKENS * (2 if triton.cdiv(T, GROUP_TOKENS) > sm_count(device) else 1) // block_T
     groups = triton.cdiv(num_blocks, group)
     scoring = dict(RENORMALIZE=renormalize, EVEN_E=block_E == E)

@@ -178,15 +178,15 @@ def load_slots(
 
 
 @triton.jit
-def count_rows(
+def sum_counts(
     num_blocks, first_block,
     counts_ptr,  # (num_blocks, BLOCK_E)
     BLOCKS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Rows of each expert: in all token blocks, (BLOCK_E,), and in those before block first_block + j, (BLOCK_E, N) for
-    j < BLOCKS of its columns, N the next power of 2.
+    """Rows of each expert, int32: in all token blocks, (BLOCK_E,), and in column j < BLOCKS of (BLOCK_E, N) those in
+    the blocks before first_block + j. Its last column is all of them again; N is the power of 2 with room for it.
 
     A product of the counts with ones and zeros, exact: in float16 they are at most BLOCK_T, in float32 their sums below
     2**24. From L2, as load_slots.
@@ -340,7 +340,6 @@ def route_and_place_kernel(
     ROW_TILE: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     NUM_BLOCKS_POW2: tl.constexpr,
-    CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -385,7 +384,7 @@ def route_and_place_kernel(
             if last_to_arrive(arrivals_ptr + NUM_BLOCKS, NUM_BLOCKS):
                 slots, exist, b, expert, rank = load_slots(0, expert_ids_ptr, row_of_slot_ptr, T, TOP_K, TOP_K_POW2,
                                                            NUM_BLOCKS_POW2, BLOCK_T)
-                total, rows_before = count_rows(NUM_BLOCKS, 0, counts_ptr, NUM_BLOCKS, BLOCK_E, CHUNK)
+                total, rows_before = sum_counts(NUM_BLOCKS, 0, counts_ptr, NUM_BLOCKS, BLOCK_E, 16)
                 first_row = tl.cumsum(total, 0) - total
                 store_rows(first_row, rows_before, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr,
                            TOP_K)
@@ -511,7 +510,7 @@ def place_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sorted rows of GROUP token blocks, and a share of the work list. Int32 throughout.
+    """Sorted rows of GROUP token blocks, and a share of the work list. Indices are int32.
 
     Grid (groups,): a program owns one group, and adds up the counts of all blocks for itself, CHUNK at a time.
     Program 0 also writes the offsets.
@@ -523,7 +522,7 @@ def place_kernel(
     e = tl.arange(0, BLOCK_E)
     slots, exist, b, expert, rank = load_slots(group * GROUP, expert_ids_ptr, row_of_slot_ptr, T, TOP_K, TOP_K_POW2,
                                                GROUP, BLOCK_T)
-    total, rows_before = count_rows(num_blocks, group * GROUP, counts_ptr, GROUP, BLOCK_E, CHUNK)
+    total, rows_before = sum_counts(num_blocks, group * GROUP, counts_ptr, GROUP, BLOCK_E, CHUNK)
     first_row = tl.cumsum(total, 0) - total
     store_rows(first_row, rows_before, slots, exist, b, expert, rank, row_of_slot_ptr, token_of_row_ptr, TOP_K)
     if group == 0:
