@@ -173,6 +173,21 @@ def test_ties_go_to_the_lower_expert(path, device):
     assert not tie_fault(routing, PATHS[path], device)
 
 
+@pytest.mark.parametrize("sum_to_one", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_scores_of_logits_that_lie_far_apart(path, sum_to_one, device):
+    """Up to some 500 apart, where the exponential of most is 0; and of a token of zeros, whose logits are all alike."""
+    x_TD, router_ED, logits_TE = tied(40, 24, 13, device)
+    x_TD[3], logits_TE[3] = 0, 0
+    found = routing.route(x_TD, 50 * router_ED, 4, routing.new_arrivals(device), ROW_TILE, sum_to_one, PATHS[path])
+    scores_TE = (50 * logits_TE).double().softmax(dim=1)
+    scores_TK = scores_TE.to(device).gather(1, found.expert_ids_TK.long())
+    if sum_to_one:
+        scores_TK /= scores_TK.sum(dim=1, keepdim=True)
+    assert torch.allclose(found.scores_TK.double(), scores_TK, rtol=1e-5, atol=1e-7)
+    assert found.expert_ids_TK[3].tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_nan_token_corrupts_no_index(path, device):
     router_ED = make_weights(MoEConfig("case", 32, 8, 6, 3), torch.float16, device).router_ED
