@@ -173,19 +173,22 @@ def test_ties_go_to_the_lower_expert(path, device):
     assert not tie_fault(routing, PATHS[path], device)
 
 
+def far_apart_fault(module: ModuleType, tiling: RouteTiling, sum_to_one: bool, device: torch.device) -> bool:
+    """Of logits up to 750 apart, where most exponentials are 0, and of a token of zeros, whose logits are all alike."""
+    x_TD, router_ED, logits_TE = tied(40, 24, 13, device)
+    x_TD[3], logits_TE[3] = 0, 0
+    found = module.route(x_TD, 50 * router_ED, 4, module.new_arrivals(device), ROW_TILE, sum_to_one, tiling)
+    scores_TK = (50 * logits_TE).double().softmax(dim=1).to(device).gather(1, found.expert_ids_TK.long())
+    if sum_to_one:
+        scores_TK /= scores_TK.sum(dim=1, keepdim=True)
+    return (not torch.allclose(found.scores_TK.double(), scores_TK, rtol=1e-5, atol=1e-7)
+            or found.expert_ids_TK[3].tolist() != [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize("sum_to_one", [True, False])
 @pytest.mark.parametrize("path", PATHS)
 def test_scores_of_logits_that_lie_far_apart(path, sum_to_one, device):
-    """Up to some 500 apart, where the exponential of most is 0; and of a token of zeros, whose logits are all alike."""
-    x_TD, router_ED, logits_TE = tied(40, 24, 13, device)
-    x_TD[3], logits_TE[3] = 0, 0
-    found = routing.route(x_TD, 50 * router_ED, 4, routing.new_arrivals(device), ROW_TILE, sum_to_one, PATHS[path])
-    scores_TE = (50 * logits_TE).double().softmax(dim=1)
-    scores_TK = scores_TE.to(device).gather(1, found.expert_ids_TK.long())
-    if sum_to_one:
-        scores_TK /= scores_TK.sum(dim=1, keepdim=True)
-    assert torch.allclose(found.scores_TK.double(), scores_TK, rtol=1e-5, atol=1e-7)
-    assert found.expert_ids_TK[3].tolist() == [0, 1, 2, 3]
+    assert not far_apart_fault(routing, PATHS[path], sum_to_one, device)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -405,6 +408,8 @@ FAULTS = (
     Fault("last part of D forgotten", "routing_kernels", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
     Fault("an expert that is padding", "routing_kernels",
           "keys = tl.where((e < E)[None, :], keys, TAKEN)", "keys = keys"),
+    Fault("exponentials of logits as they are", "routing_kernels", "tl.where(k == 0, chosen_logits,",
+          "tl.where(k == 0, 0 * chosen_logits,"),
     Fault("padding in the softmax", "routing_kernels",
           'logits = tl.where((e < E)[None, :], logits, float("-inf"))', "logits = logits"),
     Fault("tokens that are padding counted", "routing_kernels",
@@ -457,9 +462,10 @@ def copied(file: str, folder, right: str = "", wrong: str = "") -> ModuleType:
 def caught(kernels: SimpleNamespace, fault: Fault, device: torch.device) -> bool:
     try:
         if fault.file.startswith("routing"):
-            return tie_fault(kernels.routing, ONE, device) or any(
-                routing_fault(kernels.routing, case, PATHS[path], torch.float16, device)
-                for case, path in FAULT_ROUTES)
+            module = kernels.routing
+            return (tie_fault(module, ONE, device) or far_apart_fault(module, ONE, True, device)
+                    or any(routing_fault(module, case, PATHS[path], torch.float16, device)
+                           for case, path in FAULT_ROUTES))
         return any(not check_layer(kernels, SKEWED, torch.float16, device, tiles).ok for tiles in (PERSISTENT, TAILED))
     except (IndexError, RuntimeError, ValueError, TypeError):
         return True

@@ -42,8 +42,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ONE_LAUNCH_TOKENS = 256
 GROUP_TOKENS = 128  # of a program of place_kernel, twice as many where that is more programs than SMs
-# Each such group adds up what all blocks chose. Reckoned, not timed: in blocks of 64 tokens that takes as long as all
-# the rest from half a million on.
+# Each such group adds up what all blocks chose, so that part of the work grows as T squared: reckoned, not timed, it
+# takes as long as all the rest from half a million tokens on.
 MOST_TOKENS = 1 << 22
 MOST_EXPERTS = 512  # a program holds the logits of 16 tokens for all experts: of more, the registers spill
 
@@ -89,8 +89,8 @@ def expert_block(E: int) -> int:
 
 
 def work_entries(R: int, E: int, row_tile: int) -> int:
-    """W: the most row tiles that R rows can need, however they fall on E experts, and one entry for their number; 0 of
-    no list, row_tile 0."""
+    """W: the most row tiles that R rows can need, however they fall on E experts, and one entry for their number; 0
+    where row_tile is 0, for no list."""
     if row_tile == 0:
         return 0
     busy = min(E, R)
