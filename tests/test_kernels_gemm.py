@@ -141,10 +141,11 @@ def test_down_combine_hands_its_arguments_on_in_their_order(monkeypatch):
                          "out_ptr": out, "y_ptr": y, "done_up_ptr": plan.done_up}.items():
         assert given[name] is tensor, name
     assert (given["D8"], given["F8"], given["T"]) == (161, 32, 16)
-    assert (given["second"], given["third"], given["fourth"]) == down_combine.edges_for(1288, 256, 8) == (2, 4, 6)
+    edges = down_combine.edges_for(1288, 256, 8, 16 * 8 / tensors["down"].shape[0])
+    assert (given["second"], given["third"]) == edges == (3, 6)
     assert (given["TOP_K"], given["CHOICES"], given["LATE"], given["EARLY"]) == (8, 8, False, False)
     assert all(one is other for one, other in zip(combined, (given["y_ptr"], slots, scores, out), strict=False))
-    assert combined[4] == 1024, "the last band is combine's"
+    assert combined[4] == 768, "the last band is combine's"
 
 
 def test_up_ahead_hands_its_arguments_on_in_their_order(monkeypatch):
@@ -338,7 +339,7 @@ AHEAD = {"x_ptr": "*bf16", "token_of_row_ptr": "*i32", "rows_desc": describe(64)
          "ready_ptr": "*i32", "begun_ptr": "*i32", **CLAIMED, "gate_up_desc": DEALT["gate_up_desc"],
          "hidden_ptr": "*bf16", **TABLE}
 COMBINE = {**CLAIMED, **DOWN, "row_of_slot_ptr": "*i32", "scores_ptr": "*fp32", "out_ptr": "*bf16", "done_ptr": "*i32",
-           "T": "i32", "second": "i32", "third": "i32", "fourth": "i32", **AFTER_UP}
+           "T": "i32", "second": "i32", "third": "i32", **AFTER_UP}
 CHOICES = {1: 1, 2: 2, 3: 4, 6: 8, 8: 8}  # top-k, and the power of 2 from it on
 
 
@@ -575,7 +576,8 @@ def check_answers(case: Case) -> None:
 
 
 def check_combined(case: Case) -> None:
-    """down_combine against the oracle, five times with NaN where it writes, begun early or not, all equal."""
+    """down_combine in two and in three bands against the oracle, five times with NaN where it writes, begun early or
+    not, all equal."""
     cfg, programs = case.config, torch.cuda.get_device_properties(0).multi_processor_count
     workload = Workload(cfg, case.T, torch.bfloat16, case.routing)
     weights = make_weights(cfg, torch.bfloat16, "cuda")
@@ -586,21 +588,22 @@ def check_combined(case: Case) -> None:
     offsets_E1, token_of_row_R, row_of_slot_TK = dispatch(expert_ids_TK, cfg.E)
     token_of_row_R = token_of_row_R[: case.T * cfg.K].contiguous()
     gate_up = tiles.interleave_gate_up(weights.gate_up_E2FD)
-    outs = []
-    for early in (False, True, True, True, False):
-        plan = tiles.plan_tiles(offsets_E1, token_of_row_R.numel())
-        y_RD = torch.full((token_of_row_R.numel(), cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
-        hidden_RF = torch.full((token_of_row_R.numel(), cfg.F), torch.nan, dtype=torch.bfloat16, device="cuda")
-        out_TD = torch.full((case.T, cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
-        grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan, hidden_RF, programs)
-        outs.append(down_combine.down_combine(hidden_RF, weights.down_EDF, plan, row_of_slot_TK, scores_TK, y_RD,
-                                              out_TD, programs, early))
-        for claimed, columns in ((plan.claimed_up, 2 * cfg.F), (plan.claimed_down, cfg.D)):
-            tiles_of_all = int(plan.tile_count) * -(-columns // roles.BLOCK_N)
-            assert int(claimed) == tiles_of_all + programs, "each tile claimed once, and one past the last a program"
-    result = gate(outs[0], expected, workload)
-    assert result.ok, result.reason
-    assert all(torch.equal(outs[0], out) for out in outs), "two runs differ"
+    for least in (down_combine.THREE_BANDS, 0):  # these few rows are worth two bands
+        down_combine.THREE_BANDS, outs = least, []
+        for early in (False, True, True, True, False):
+            plan = tiles.plan_tiles(offsets_E1, token_of_row_R.numel())
+            y_RD = torch.full((token_of_row_R.numel(), cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
+            hidden_RF = torch.full((token_of_row_R.numel(), cfg.F), torch.nan, dtype=torch.bfloat16, device="cuda")
+            out_TD = torch.full((case.T, cfg.D), torch.nan, dtype=torch.bfloat16, device="cuda")
+            grouped_gemm.up_gather(x_TD, token_of_row_R, gate_up, plan, hidden_RF, programs)
+            outs.append(down_combine.down_combine(hidden_RF, weights.down_EDF, plan, row_of_slot_TK, scores_TK, y_RD,
+                                                  out_TD, programs, early))
+            for claimed, columns in ((plan.claimed_up, 2 * cfg.F), (plan.claimed_down, cfg.D)):
+                tiles_of_all = int(plan.tile_count) * -(-columns // roles.BLOCK_N)
+                assert int(claimed) == tiles_of_all + programs, "each tile claimed once, and a program one past them"
+        result = gate(outs[0], expected, workload)
+        assert result.ok, result.reason
+        assert all(torch.equal(outs[0], out) for out in outs), "two runs differ"
 
 
 def check_no_rows() -> None:

@@ -72,15 +72,16 @@ def test_every_output_tile_is_found_once(counts, column_tiles):
     assert sorted(found) == [(row, column) for row in range(len(table)) for column in range(column_tiles)]
 
 
+@pytest.mark.parametrize("mean_rows", [512, 4096])
 @pytest.mark.parametrize("F", [8, 768, 14336])
 @pytest.mark.parametrize(("row_tiles", "D"), [(5, 2048), (1, 7168), (40, 1288), (3, 8192), (0, 2048), (17, 8)])
-def test_bands_cover_every_output_tile_in_turn(row_tiles, D, F):
+def test_bands_cover_every_output_tile_in_turn(row_tiles, D, F, mean_rows):
     """What find_band does, in Python."""
-    column_tiles, edges = -(-D // 256), (0, *down_combine.edges_for(D, F, 8))
-    assert len(edges) == tiles.BANDS == 4, "as many as edge_of and find_band know"
+    column_tiles, edges = -(-D // 256), (0, *down_combine.edges_for(D, F, 8, mean_rows))
+    assert len(edges) == 3 <= tiles.BANDS, "as many as edge_of and find_band know"
     found, bands = [], []
     for tile in range(row_tiles * column_tiles):
-        band = max(band for band in range(4) if edges[band] <= tile // row_tiles)
+        band = max(band for band in range(3) if edges[band] <= tile // row_tiles)
         width = (*edges, column_tiles)[band + 1] - edges[band]
         column, row = divmod(tile - edges[band] * row_tiles, row_tiles)  # as one group of all row tiles
         assert column < width
@@ -90,15 +91,18 @@ def test_bands_cover_every_output_tile_in_turn(row_tiles, D, F):
     assert bands == sorted(bands), "a program that claims tiles in their order leaves a band for good"
 
 
-@pytest.mark.parametrize(("D", "F", "K", "widths"), [
-    (8, 8, 1, [1]), (512, 768, 8, [2]), (1288, 768, 8, [2, 2, 2]), (2048, 768, 8, [4, 2, 2]), (2048, 64, 1, [4, 2, 2]),
-    (2816, 768, 8, [6, 2, 2, 1]), (4096, 1024, 8, [10, 4, 2]), (4096, 14336, 2, [14, 2]), (7168, 2048, 8, [22, 4, 2]),
+@pytest.mark.parametrize(("D", "F", "K", "mean_rows", "widths"), [
+    (8, 8, 1, 4096, [1]), (512, 768, 8, 4096, [2]), (768, 768, 8, 4096, [2, 1]), (1024, 768, 8, 4096, [2, 2]),
+    (1536, 256, 8, 1024, [3, 3]), (1536, 256, 8, 4096, [2, 2, 2]), (2048, 64, 1, 2048, [2, 3, 3]),
+    (2048, 768, 8, 1024, [4, 4]), (2048, 1024, 8, 1024, [5, 3]), (2048, 768, 8, 2048, [3, 3, 2]),
+    (2048, 1024, 8, 2047, [5, 3]), (2048, 1024, 8, 2048, [3, 3, 2]), (4096, 1024, 8, 512, [10, 6]),
+    (4096, 1024, 8, 1024, [8, 5, 3]), (4096, 14336, 2, 2048, [12, 2, 2]), (7168, 2048, 8, 512, [21, 7]),
+    (7168, 2048, 8, 1024, [20, 6, 2]),
 ])
-def test_each_band_takes_what_is_summed_while_the_rest_is_multiplied(D, F, K, widths):
-    edges = [0, *down_combine.edges_for(D, F, K), -(-D // 256)]
+def test_bands_are_as_wide_as_was_fastest(D, F, K, mean_rows, widths):
+    edges = [0, *down_combine.edges_for(D, F, K, mean_rows), -(-D // 256)]
     assert [b - a for a, b in itertools.pairwise(edges) if b > a] == widths
     assert edges == sorted(edges)
-    assert all(width % 2 == 0 for width in widths[:-1]), "in twos: BAND_TILES"
 
 
 def test_plan_starts_its_counters_at_zero():

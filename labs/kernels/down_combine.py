@@ -2,9 +2,9 @@
 
     hidden (R, F) --> [down] --> y (R, D) --gather-and-sum--> out (T, D)
 
-What   grouped_gemm.py's down kernel, walked through in up to 4 bands of columns, each as wide as what follows hides its
-       sum (edges_for), all experts of a band before the next one, and combine.py's sum of a band's columns while the
-       next band is multiplied. The last band's sum is left to combine.py.
+What   grouped_gemm.py's down kernel, walked through in two or three bands of columns (edges_for), all experts of a band
+       before the next one, and combine.py's sum of a band's columns while the next band is multiplied. The last band's
+       sum is left to combine.py.
 Why    The combine waits for memory, the GEMM for the tensor cores: one after the other, each leaves the other's idle.
 How    Each of two spare warps copies a token's K rows, 256 columns of each, into a ring of its own, three turns ahead
        or more (cp.async, no registers), and before that the rows' numbers, and adds them up in float32. Two roles of
@@ -48,7 +48,7 @@ from labs.kernels.roles import (
 )
 from labs.kernels.late_store import ROUNDED_PARTS, finishes_late
 from labs.kernels.launch import launch, require
-from labs.kernels.tiles import BANDS, TilePlan
+from labs.kernels.tiles import TilePlan
 from labs.kernels.waiting import begin, wait_for
 
 import triton  # after common.level, which the above import
@@ -63,12 +63,15 @@ COMBINERS = 2  # of one warp each, as the kernel lists them
 COLUMNS = 256  # of a token that a combiner sums in a turn: 16 bytes a thread and row
 SLOTS = 32  # rows of a combiner's ring, 512 bytes each: half of what the GEMM's ring leaves of shared memory
 MOST_CHOICES = SLOTS // 4  # of a token, for four of them in the ring; and more would not fit into registers
-BAND_TILES = 2  # column tiles that bands come in: bands of one were slower (LOG.md, rows 41 and 43)
+LEAST_TILES = 2  # column tiles of a band: a last one of one was slower (LOG.md, rows 41, 43 and 54)
 
 # Rows, and rows an expert, from which the sum beside the GEMM was no slower than one after it (LOG.md). With fewer, the
 # GEMM waits for memory itself, and reading hidden once a band costs more than the sum.
 LEAST_ROWS, LEAST_MEAN_ROWS = 16384, 512
-HIDING = 4096  # K * F whose multiply takes a tenth longer than the sum of K rows (LOG.md, row 42)
+# Bands, as measured (LOG.md, row 54): K * F up to which they are of one width, and values of y an expert from which on
+# they are three, not two.
+EVEN_BANDS = 5500
+THREE_BANDS = 2**22
 
 _COMBINERS = gl.constexpr(COMBINERS)
 _SLOTS = gl.constexpr(SLOTS)
@@ -180,7 +183,7 @@ def combine_bands(y_ptr, row_of_slot_ptr, scores_ptr, out_ptr, done_ptr, T, D8, 
 
 
 # -------------------------------------------------------------------------------------------------------- kernel
-@gluon.jit(do_not_specialize=["T", "D8", "F8", "second", "third", "fourth"])
+@gluon.jit(do_not_specialize=["T", "D8", "F8", "second", "third"])
 def down_combine_kernel(
     claimed_ptr,  # (1,) int32, zero
     hidden_desc,  # (R, F) bf16
@@ -197,15 +200,14 @@ def down_combine_kernel(
     T,
     second,
     third,
-    fourth,
     done_up_ptr,  # (2,) int32, up_gather_kernel's
     TOP_K: gl.constexpr,
     CHOICES: gl.constexpr,
     LATE: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8; second, third
-    and fourth the first column tiles of these bands (edge_of in roles.py); CHOICES the power of 2 from TOP_K on.
+    """y = hidden @ down.T, and out's columns of all bands but the last. D8 and F8 are D / 8 and F / 8; second and
+    third the first column tiles of these bands (edge_of in roles.py); CHOICES the power of 2 from TOP_K on.
 
     Grid (SMs,): a program owns the tiles that it claims, of 128 rows by 256 columns, and two tokens of every grid * 2.
     """
@@ -217,7 +219,7 @@ def down_combine_kernel(
     D = D8 * 8  # so the compiler knows that no 16-byte copy straddles a row's end
     begin(EARLY)
     walk = walk_tiles(tiles_ptr, tile_count_ptr, D, F8 * 8)
-    edges = second, third, fourth, walk[2]
+    edges = second, third, walk[2]
     gl.warp_specialize([
         (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 0, stored)),
         (consume_y, (y_ptr, D8, walk[3], ring, dealt, LATE, 1, stored)),
@@ -233,23 +235,24 @@ def down_combine_kernel(
 # ------------------------------------------------------------------------------------------------------ launcher
 def pays(R: int, D: int, E: int, K: int) -> bool:
     """Whether R rows of E experts are better summed beside the GEMM than after it. Measured on an H200 (LOG.md). Up to
-    BAND_TILES column tiles are one band, whose sum has nothing to run beside."""
-    return K <= MOST_CHOICES and D > BAND_TILES * BLOCK_N and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
+    LEAST_TILES column tiles are one band, whose sum has nothing to run beside."""
+    return K <= MOST_CHOICES and D > LEAST_TILES * BLOCK_N and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
 
 
-def edges_for(D: int, F: int, K: int) -> tuple[int, int, int]:
-    """The first column tiles of bands 2 to 4; where there is none, the end of the last.
+def edges_for(D: int, F: int, K: int, mean_rows: float) -> tuple[int, int]:
+    """The first column tiles of bands 2 and 3, for mean_rows rows an expert; where there is none, the end of the last.
 
-    Each band takes of the columns that are left, in twos (BAND_TILES), as many as can be summed while the rest is
-    multiplied, or half: a column of a token takes K * F steps of the multiply, and its sum less than HIDING of them. So
-    bands are few, as hidden is read once for each, and the last, whose sum nothing hides, is narrow.
+    Each band is as many times wider than the next as K * F is of EVEN_BANDS, and no narrower: a band's sum takes time
+    by its width alone, the multiply that hides it by F too. Fewer bands read hidden less often, more leave less to sum
+    with nothing beside it.
     """
-    tiles, edges, steps = triton.cdiv(D, BLOCK_N), [0], max(K * F, HIDING)
-    for _ in range(BANDS - 1):
-        left = tiles - edges[-1]
-        widths = max(1, left * steps // (BAND_TILES * (steps + HIDING)))
-        edges.append(edges[-1] + min(left, BAND_TILES * widths))
-    return tuple(edges[1:])
+    tiles, wider = triton.cdiv(D, BLOCK_N), max(1.0, K * F / EVEN_BANDS)
+    third = tiles / (1 + wider + wider**2)
+    middle, last = (max(LEAST_TILES, round(width)) for width in (third * wider, third))
+    if mean_rows * D >= THREE_BANDS and tiles >= LEAST_TILES + middle + last:
+        return tiles - last - middle, tiles - last
+    last = max(LEAST_TILES, round(tiles / (1 + wider)))
+    return min(tiles, max(LEAST_TILES, tiles - last)), tiles
 
 
 def down_combine(
@@ -276,7 +279,7 @@ def down_combine(
     if early:
         plan.require_parts(programs)
     plan.count_once("down")
-    edges = edges_for(D, hidden_RF.shape[1], K)
+    edges = edges_for(D, hidden_RF.shape[1], K, T * K / down_EDF.shape[0])
     launch(down_combine_kernel, (programs,),
         plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, plan.done_up, TOP_K=K,
         CHOICES=triton.next_power_of_2(K), LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS),

@@ -100,24 +100,23 @@ def walk_tiles(tiles_ptr, tile_count_ptr, N, K):
 
 @gluon.jit
 def edge_of(edges, band):
-    """The first column tile of band 0 to 3, or the end of the last. edges: of bands 1, 2 and 3, the end of all where
+    """The first column tile of band 0, 1 or 2, or the end of the last. edges: of bands 1 and 2, the end of all where
     there is none, and that end."""
-    second, third, fourth, end = edges
-    return gl.where(band == 0, 0, gl.where(band == 1, second, gl.where(band == 2, third, gl.where(band == 3, fourth,
-                                                                                                    end))))
+    second, third, end = edges
+    return gl.where(band == 0, 0, gl.where(band == 1, second, gl.where(band == 2, third, end)))
 
 
 @gluon.jit
 def band_of(edges, column):
     """The band of a column tile."""
-    second, third, fourth, _ = edges
-    return (column >= second).to(gl.int32) + (column >= third).to(gl.int32) + (column >= fourth).to(gl.int32)
+    second, third, _ = edges
+    return (column >= second).to(gl.int32) + (column >= third).to(gl.int32)
 
 
 @gluon.jit
 def one_band(walk):
     """The edges of all columns as one band."""
-    return walk[2], walk[2], walk[2], walk[2]
+    return walk[2], walk[2], walk[2]
 
 
 @gluon.jit

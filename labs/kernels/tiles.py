@@ -34,7 +34,7 @@ ROWS = 64  # of one warpgroup; a row tile is a multiple of it
 INTERLEAVE = 8  # gate and up rows alternate in blocks of 8: one core matrix of wgmma's accumulator
 GROUP = 32  # row tiles that walk through their expert's weights together, at most
 FIELDS = 5  # of a row tile's entry in the table
-BANDS = 4  # of columns, at most; a power of 2
+BANDS = 4  # counts of bands of columns: a power of 2, though bands are three at most
 
 
 @triton.jit
