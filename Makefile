@@ -34,7 +34,7 @@ run: $(READY)    ## the main job: run, gate, time and chart every level (ARGS="-
 peers: $(READY)  ## level 8 beside other libraries, at the sizes of README's table (on a GPU; PEERS="olmoe-1b-7b:16384")
 	@$(NEEDS_GPU)
 	for each in $(PEERS); do $(PY) level_runner.py --levels 8 --preset $${each%%:*} --tokens $${each#*:} \
-		--peers "triton_kernels,transformers grouped_mm" $(ARGS) || exit; done
+		--peers "triton_kernels,transformers grouped_mm,ScatterMoE,DeepGEMM" $(ARGS) || exit; done
 
 test: $(READY)   ## every test that this machine can run
 	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)

@@ -280,6 +280,6 @@ PEERS = (
     Peer("ScatterMoE", "scattermoe", "pip install git+https://github.com/shawntan/scattermoe", connect_scattermoe),
     Peer("SonicMoE", "sonicmoe", "pip install sonic-moe (CUDA 12.9 on, Python 3.12, Hopper on)",
          connect_sonicmoe, tie_margin=ROUNDED_LOGITS),
-    Peer("DeepGEMM", "deep_gemm", "git clone --recursive github.com/deepseek-ai/DeepGEMM, then its install.sh",
-         connect_deepgemm),
+    Peer("DeepGEMM", "deep_gemm", "put vllm/third_party of a vllm 0.33 wheel on PYTHONPATH (it needs nvcc 12.9 on), or "
+         "git clone --recursive github.com/deepseek-ai/DeepGEMM, then its install.sh", connect_deepgemm),
 )
