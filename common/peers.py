@@ -254,13 +254,14 @@ def connect_deepgemm(workload: Workload, weights: Weights) -> Forward:
         most = (sorted_R.numel() + cfg.E * (align - 1) + align - 1) // align * align
         expert_P = torch.full((most,), -1, dtype=torch.int32, device=x_TD.device)
         expert_P[row_R] = sorted_R.int()
-        x_PD = x_TD.new_zeros(most, cfg.D)
-        x_PD[row_R] = x_TD[order_R // cfg.K]
+        token_P = order_R.new_zeros(most)  # rows that pad are token 0's, and nobody reads what comes of them
+        token_P[row_R] = order_R // cfg.K
+        x_PD = x_TD[token_P]
         both = x_TD.new_empty(most, 2 * cfg.F)
         m_grouped_bf16_gemm_nt_contiguous(x_PD, weights.gate_up_E2FD, both, expert_P)
         gate, up = both.chunk(2, dim=1)
         y_PD = x_TD.new_empty(most, cfg.D)
-        hidden = (torch.nn.functional.silu(gate) * up).contiguous()
+        hidden = torch.nn.functional.silu(gate) * up
         m_grouped_bf16_gemm_nt_contiguous(hidden, weights.down_EDF, y_PD, expert_P)
         row_of_slot_R = torch.empty_like(row_R).scatter_(0, order_R, row_R)
         y_TKD = y_PD[row_of_slot_R].unflatten(0, (x_TD.shape[0], cfg.K))

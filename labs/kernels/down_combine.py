@@ -71,7 +71,7 @@ LEAST_ROWS, LEAST_MEAN_ROWS = 16384, 512
 # Bands, as measured (LOG.md, row 54): K * F up to which they are of one width, and values of y an expert from which on
 # they are three, not two.
 EVEN_BANDS = 5500
-THREE_BANDS = 2**22
+THREE_BANDS = 2**21
 
 _COMBINERS = gl.constexpr(COMBINERS)
 _SLOTS = gl.constexpr(SLOTS)
