@@ -4,9 +4,9 @@
 
 Every warp is 32 lanes in lock step, an instruction of it one step of NumPy. Warps take turns, in a shuffled order, each
 until it waits. Asynchronous copies are done when they are asked for or, if `slow`, later: so what is used before it is
-there shows, and what is overwritten before wgmma has read it. What fences are for does not, nor an accumulator that is
-read before its wgmma is waited for. Masks, addresses, phases of barriers and who holds what do, and reads and writes
-outside of the tensors raise.
+there shows, what is overwritten before wgmma has read it, and an accumulator that is touched before its wgmma is waited
+for. What fences are for does not. Masks, addresses, phases of barriers and who holds what do, and reads and writes outside
+of the tensors raise.
 
 Takes what the grouped GEMMs are made of, of PTX ISA 8.7 (https://docs.nvidia.com/cuda/parallel-thread-execution), and
 raises NotImplementedError for all else.
@@ -125,6 +125,7 @@ class Warp:
     done: bool = False
     copies: list[list[Work]] = field(default_factory=lambda: [[]])  # if slow: cp.async's groups, the last one open
     reads: list[list[Work]] = field(default_factory=lambda: [[]])  # wgmma's
+    flying: dict[str, Work] = field(default_factory=dict)  # if slow: register -> the wgmma that it is an accumulator of
 
     def ask(self, groups: list[list[Work]], do: Callable[[], None]) -> None:
         """Work for the open group; done at once unless work is slow."""
@@ -240,10 +241,17 @@ def is_register(text: str) -> bool:
     return not re.match(r"-?\d|0x|0f|global_smem", text)
 
 
+def touch(warp: Warp, text: str) -> None:
+    """Forget that a register is an accumulator of a wgmma; raises if that one has not been waited for."""
+    if wgmma := warp.flying.pop(text, None):
+        assert not wgmma.do, f"{text} is used before its wgmma is waited for"
+
+
 def read(warp: Warp, text: str, kind: str) -> np.ndarray:
     """An operand's lanes as `kind`; zeros of a register that was never written."""
     if not is_register(text):
         return literal(text, kind)
+    touch(warp, text)
     value = warp.registers.get(text)
     if value is None:
         value = np.zeros(LANES, np.bool_ if kind == "pred" else UNSIGNED[bits_of(kind)])
@@ -261,6 +269,7 @@ def write(warp: Warp, text: str, value: np.ndarray, active: np.ndarray) -> None:
     if not active.all():
         before = warp.registers.get(text)
         value = np.where(active, value, 0 if before is None else before).astype(value.dtype)
+    touch(warp, text)
     warp.registers[text] = value
 
 
@@ -316,7 +325,8 @@ def swizzled(at: np.ndarray, swizzle: int = 128) -> np.ndarray:
 def multiply_accumulate(warp: Warp, one: Instruction) -> None:
     """wgmma of 64 rows by N by 16: this warp's 16 rows. An operand has 8 of its rows, or transposed 8 of the inner
     dimension, in 1024 bytes under 128-byte swizzle; transposed, its next 64 rows are as far off as the descriptor says.
-    If work is slow, the operands are read again when it is waited for, and must not have changed.
+    If work is slow, the operands are read again when it is waited for, and must not have changed; until then only the
+    next wgmma may read the accumulators.
     """
     N = int(re.search(r"n(\d+)k16", one.opcode)[1])
     names, (a, b, scale, *signs) = members(one.operands[0]), one.operands[1:]
@@ -344,7 +354,7 @@ def multiply_accumulate(warp: Warp, one: Instruction) -> None:
     product, lane = rows @ columns.T, np.arange(LANES)
     for register, name in enumerate(names):
         row, column = lane // 4 + register // 2 % 2 * 8, lane % 4 * 2 + register // 4 * 8 + register % 2
-        before = read(warp, name, "f32") if use else np.float32(0)
+        before = warp.registers[name].view(np.float32) if use else np.float32(0)
         warp.registers[name] = (before + product[row, column]).astype(np.float32).view(np.uint32)
 
     def look_again() -> None:
@@ -353,6 +363,7 @@ def multiply_accumulate(warp: Warp, one: Instruction) -> None:
 
     if warp.machine.slow:
         warp.ask(warp.reads, look_again)
+        warp.flying.update(dict.fromkeys(names, warp.reads[-1][-1]))
 
 
 def copy_box(warp: Warp, one: Instruction, lane: int) -> None:
@@ -584,6 +595,10 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
         value = sum(read(warp, half, f"b{size}").astype(whole) << whole(size * place)
                     for place, half in enumerate(members(ops[1])))
         write(warp, ops[0], value, active)
+    elif name == "mov" and ops[1] in warp.flying:  # another name of the register, to the compiler
+        wgmma = warp.flying.pop(ops[1])
+        write(warp, ops[0], read(warp, ops[1], kind), active)
+        warp.flying.update({ops[0]: wgmma, ops[1]: wgmma})
     elif name == "mov" and ops[1] in given:
         write(warp, ops[0], literal(str(given[ops[1]]), kind), active)
     elif name == "mov" and ops[1] in SPECIAL:

@@ -319,7 +319,8 @@ def test_a_wrong_count_of_arrivals_and_a_wrong_mask_show():
 
 
 def test_what_is_not_waited_for_shows():
-    """Slow work can tell: a copy that is used before it is there, a stage given back while it is multiplied."""
+    """Slow work can tell: a copy that is used before it is there, a stage given back while it is multiplied, a sum that
+    is taken before it is whole."""
     given = Problem(True, columns=1056)
     T, D = given.row_of_slot_TK.shape[0], given.D8 * 8
     expected = (given.y_RD[given.row_of_slot_TK.long()] * given.scores_TK[..., None]).sum(dim=1)[:, :1024]
@@ -339,3 +340,5 @@ def test_what_is_not_waited_for_shows():
         error_with(r"(cp\.async\.wait_group\s+)15;", r"\g<1>16;")
     with pytest.raises(AssertionError, match="changed while wgmma read it"):
         error_with(r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 2;")
+    with pytest.raises(AssertionError, match="used before its wgmma is waited for"):
+        error_with(r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;")
