@@ -2,11 +2,12 @@
 
     emulate(ptx, "down_kernel", [tensor, TensorMap(...), 7, ...])
 
-Every warp is 32 lanes in lock step, an instruction of it one step of NumPy. Warps take turns, in a shuffled order, each
-until it waits. Asynchronous copies are done when they are asked for or, if `slow`, later: so what is used before it is
-there shows, what is overwritten before wgmma has read it, and an accumulator that is touched before its wgmma is waited
-for. What fences are for does not. Masks, addresses, phases of barriers and who holds what do, and reads and writes outside
-of the tensors raise.
+Every warp is 32 lanes in lock step, an instruction of it one step of NumPy. Warps take turns, in a shuffled order,
+each until it waits. Asynchronous copies are done when they are asked for or, if `slow`, later: so what is used before
+it is there shows, what is overwritten before wgmma has read it, and an accumulator that is touched before its wgmma
+is waited for. So does shared memory that wgmma reads, or a barrier that TMA uses, with no fence since other
+instructions wrote there; what other fences are for does not. Masks, addresses, phases of barriers and who holds what
+do, and accesses outside of the tensors raise.
 
 Takes what the grouped GEMMs are made of, of PTX ISA 8.7 (https://docs.nvidia.com/cuda/parallel-thread-execution), and
 raises NotImplementedError for all else.
@@ -92,6 +93,10 @@ class Machine:
     maps: list[TensorMap] = field(default_factory=list)
     shared: np.ndarray = field(default_factory=lambda: np.full(SHARED_AT + 232448, 255, np.uint8))  # NaN, until written
     barriers: dict[int, Barrier] = field(default_factory=dict)
+    clock: int = 0  # instructions that all warps have executed
+    # Byte of shared memory -> when it was last written, 0 if by TMA or before a fence of who wrote it; by which warp.
+    written: np.ndarray = field(default_factory=lambda: np.zeros(SHARED_AT + 232448, np.int64))
+    writer: np.ndarray = field(default_factory=lambda: np.zeros(SHARED_AT + 232448, np.int16))
     meetings: dict[int, list] = field(default_factory=dict)  # of bar.sync: warps that have come, meetings held
     threads: int = 0
     on_atomic: Callable[[bool], None] = lambda releases: None  # after each; whether it releases what was stored before
@@ -126,6 +131,7 @@ class Warp:
     copies: list[list[Work]] = field(default_factory=lambda: [[]])  # if slow: cp.async's groups, the last one open
     reads: list[list[Work]] = field(default_factory=lambda: [[]])  # wgmma's
     flying: dict[str, Work] = field(default_factory=dict)  # if slow: register -> the wgmma that it is an accumulator of
+    fenced: int = 0  # when it last executed fence.proxy.async
 
     def ask(self, groups: list[list[Work]], do: Callable[[], None]) -> None:
         """Work for the open group; done at once unless work is slow."""
@@ -141,6 +147,21 @@ class Warp:
             self.machine.asked.append(Work(do))
         else:
             do()
+
+
+    def wrote(self, where: np.ndarray) -> None:
+        """Bytes of shared memory were written by an instruction of this warp, cp.async's among them: not by TMA."""
+        self.machine.written[where], self.machine.writer[where] = self.machine.clock, self.number
+
+    def fence(self) -> None:
+        """fence.proxy.async: what is written so far is to be seen by TMA and wgmma, as far as this warp has it, or asks
+        for them."""
+        self.fenced, own = self.machine.clock, self.machine.writer == self.number
+        self.machine.written[own] = 0
+
+    def sees(self, where: np.ndarray) -> None:
+        """TMA or wgmma, asked for by this warp, use these bytes of shared memory."""
+        assert self.machine.written[where].max() <= self.fenced, "no fence.proxy.async since shared memory was written"
 
 
 # ---- text to instructions ------------------------------------------------------------------------
@@ -350,6 +371,8 @@ def multiply_accumulate(warp: Warp, one: Instruction) -> None:
         return from_bf16(shared[at].astype(np.uint32) | shared[at + 1].astype(np.uint32) << 8)
 
     at_rows, at_columns = places(a, warp.number % 4 * 16, 16, signs[2] == "1"), places(b, 0, N, signs[3] == "1")
+    warp.sees(at_rows)
+    warp.sees(at_columns)
     rows, columns = operand(at_rows), operand(at_columns)
     product, lane = rows @ columns.T, np.arange(LANES)
     for register, name in enumerate(names):
@@ -379,12 +402,14 @@ def copy_box(warp: Warp, one: Instruction, lane: int) -> None:
         target.append(slice(first - start, max(first, last) - start))
     count = 2 * int(np.prod(found.box))
     at = swizzled(int(address(warp, one.operands[0], "u32")[lane]) + np.arange(count), found.swizzle)
-    barrier = machine.barriers[int(address(warp, one.operands[2], "u32")[lane])]
+    barrier_at = int(address(warp, one.operands[2], "u32")[lane])
+    barrier = machine.barriers[barrier_at]
+    warp.sees(np.arange(barrier_at, barrier_at + 8))
 
     def land() -> None:
         values = np.zeros(found.box, np.uint16)
         values[tuple(target)] = found.view[tuple(source)].contiguous().view(torch.int16).numpy().view(np.uint16)
-        machine.shared[at] = values.view(np.uint8).reshape(-1)
+        machine.shared[at], machine.written[at] = values.view(np.uint8).reshape(-1), 0
         barrier.settle(0, -count)
 
     warp.ask_with_barrier(land)
@@ -408,6 +433,7 @@ def copy_lanes(warp: Warp, one: Instruction, active: np.ndarray) -> None:
 
     def land() -> None:
         shared[zeroed] = 0
+        warp.wrote(zeroed)
         for to, source, at in moved:
             shared[to] = source[at]
 
@@ -456,6 +482,8 @@ def memory(warp: Warp, one: Instruction, parts: list[str], active: np.ndarray) -
     else:
         values = np.stack([read(warp, name, kind)[active] for name in names], axis=1)
         bytes_at[where] = np.ascontiguousarray(values).view(np.uint8).reshape(where.shape)
+        if shared:
+            warp.wrote(where)
 
 
 def load_matrices(warp: Warp, one: Instruction) -> None:
@@ -490,6 +518,7 @@ def arrivals(warp: Warp, one: Instruction, parts: list[str], active: np.ndarray)
         if "init" in parts:
             count = int(read(warp, one.operands[1], "u32")[lane])
             barriers[at] = Barrier(count, count)
+            warp.wrote(np.arange(at, at + 8))
         elif "arrive" not in parts:
             raise NotImplementedError(one.opcode)
         elif "expect_tx" in parts:
@@ -551,6 +580,8 @@ def execute(warp: Warp, one: Instruction, labels: dict[str, int], tables: dict[s
             bytes_at[where[0]] = (before + read(warp, ops[2], "u32")[lane]).astype(np.uint32).view(np.uint8)
             write(warp, ops[0], np.full(LANES, before[0], np.uint32), np.arange(LANES) == lane)
             machine.on_atomic("release" in parts)
+    elif one.opcode == "fence.proxy.async.shared::cta":
+        warp.fence()
     elif name in ("griddepcontrol", "nanosleep"):  # nothing runs before or after, and time passes anyhow
         return None
     elif name == "elect":
@@ -661,6 +692,7 @@ def emulate(
                     if found is WAIT:
                         break
                     executed += 1
+                    machine.clock = executed
                     place[warp.number] = place[warp.number] + 1 if found is None else found
             expected = bool(machine.coming or machine.asked)
             for work in machine.coming:

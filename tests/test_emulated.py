@@ -318,6 +318,20 @@ def test_a_wrong_count_of_arrivals_and_a_wrong_mask_show():
         emulate(ptx, "down_kernel", arguments(given.token_of_row_R.numel() - 1))
 
 
+@pytest.mark.parametrize("consumers", [True, False], ids=["of the consumers", "after the barriers"])
+def test_what_is_not_fenced_shows(consumers):
+    """cp.async writes rows by another way than wgmma reads them, and threads barriers by another than TMA uses them."""
+    given, fence = Problem(True), "fence.proxy.async.shared::cta;"
+    first, *others = re.split(f"(?={re.escape(fence)})", ptx_of("up_gather_kernel", True, True))
+    assert len(others) > 1
+    faulty = first + "".join(one.removeprefix(fence) if (i > 0) == consumers else one for i, one in enumerate(others))
+    plan = given.plan()
+    with pytest.raises(AssertionError, match="since shared memory was written"):
+        emulate(faulty, "up_gather_kernel",
+                [given.x_TD, given.token_of_row_R, plan.claimed_up, weights(given.gate_up_E2FD, True),
+                 given.out(given.F8 * 8), plan.tiles_X5, plan.tile_count, given.D8, given.F8, plan.done_up])
+
+
 def test_what_is_not_waited_for_shows():
     """Slow work can tell: a copy that is used before it is there, a stage given back while it is multiplied, a sum that
     is taken before it is whole."""
