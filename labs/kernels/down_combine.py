@@ -69,7 +69,7 @@ LEAST_TILES = 2  # column tiles of a band: a last one of one was slower (LOG.md,
 # GEMM waits for memory itself, and reading hidden once a band costs more than the sum.
 LEAST_ROWS, LEAST_MEAN_ROWS = 16384, 512
 # Bands, as measured (LOG.md, row 54): K * F up to which they are of one width, and values of y an expert from which on
-# they are three, not two.
+# they are three, not two. Whether that holds: band_widths.py.
 EVEN_BANDS = 5500
 THREE_BANDS = 2**21
 
@@ -239,32 +239,39 @@ def pays(R: int, D: int, E: int, K: int) -> bool:
     return K <= MOST_CHOICES and D > LEAST_TILES * BLOCK_N and max(LEAST_ROWS, LEAST_MEAN_ROWS * E) <= R
 
 
-def edges_for(D: int, F: int, K: int, mean_rows: float) -> tuple[int, int]:
-    """The first column tiles of bands 2 and 3, for mean_rows rows an expert; where there is none, the end of the last.
-
-    Each band is as many times wider than the next as K * F is of EVEN_BANDS, and no narrower: a band's sum takes time
-    by its width alone, the multiply that hides it by F too. Fewer bands read hidden less often, more leave less to sum
-    with nothing beside it.
-    """
-    tiles, wider = triton.cdiv(D, BLOCK_N), max(1.0, K * F / EVEN_BANDS)
+def split(tiles: int, wider: float, bands: int) -> tuple[int, int]:
+    """Column tiles in two or three bands, each as many times `wider` than the next as can be in whole tiles and with
+    LEAST_TILES: the first tiles of bands 2 and 3; where there is none, the end of the last."""
     third = tiles / (1 + wider + wider**2)
     middle, last = (max(LEAST_TILES, round(width)) for width in (third * wider, third))
-    if mean_rows * D >= THREE_BANDS and tiles >= LEAST_TILES + middle + last:
+    if bands == 3 and tiles >= LEAST_TILES + middle + last:
         return tiles - last - middle, tiles - last
     last = max(LEAST_TILES, round(tiles / (1 + wider)))
     return min(tiles, max(LEAST_TILES, tiles - last)), tiles
 
 
+def edges_for(D: int, F: int, K: int, mean_rows: float) -> tuple[int, int]:
+    """`split` for mean_rows rows an expert.
+
+    Each band is as many times wider than the next as K * F is of EVEN_BANDS, and no narrower: a band's sum takes time
+    by its width alone, the multiply that hides it by F too. Fewer bands read hidden less often, more leave less to sum
+    with nothing beside it.
+    """
+    return split(triton.cdiv(D, BLOCK_N), max(1.0, K * F / EVEN_BANDS), 3 if mean_rows * D >= THREE_BANDS else 2)
+
+
 def down_combine(
     hidden_RF: torch.Tensor, down_EDF: torch.Tensor, plan: TilePlan, row_of_slot_TK: torch.Tensor,
     scores_TK: torch.Tensor, y_RD: torch.Tensor, out_TD: torch.Tensor, programs: int, early: bool = False,
+    edges: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """y_RD = hidden_RF through their experts' down_EDF; returns out_TD, each token's K rows of it, summed with their
     scores.
 
     bf16 and contiguous, row_of_slot_TK int32 and scores_TK float32 (T, K), K at most MOST_CHOICES; a plan in tiles of
     128 rows that no other down projection has used; programs: the GPU's SMs; early: as of `down`, out_TD being as old
-    as y_RD. Raises ValueError for other shapes, dtypes or plans, and unless D and F are multiples of 8.
+    as y_RD; edges: as of `split`, by default edges_for's. Raises ValueError for other shapes, dtypes or plans, and
+    unless D and F are multiples of 8.
     """
     (T, K), D, device = row_of_slot_TK.shape, down_EDF.shape[1], hidden_RF.device
     if not 1 <= K <= MOST_CHOICES:
@@ -279,7 +286,7 @@ def down_combine(
     if early:
         plan.require_parts(programs)
     plan.count_once("down")
-    edges = edges_for(D, hidden_RF.shape[1], K, T * K / down_EDF.shape[0])
+    edges = edges or edges_for(D, hidden_RF.shape[1], K, T * K / down_EDF.shape[0])
     launch(down_combine_kernel, (programs,),
         plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, plan.done_up, TOP_K=K,
         CHOICES=triton.next_power_of_2(K), LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS),

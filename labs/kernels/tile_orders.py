@@ -18,7 +18,6 @@ tokens beside down where there are many, and walks through the same table.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,15 +28,11 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from common.config import MoEConfig, Workload, preset
-from common.level import Unsupported
-from common.measure import environment
 from common.model import Weights, make_inputs, make_weights
-from common.results import prepare_folder
-from common.show import error_exit, number
+from common.show import number
 from labs.kernels.grouped_gemm import down, up_gather
 from labs.kernels.launch import sm_count
 from labs.kernels.tiles import GROUP, TilePlan, plan_tiles
@@ -174,33 +169,13 @@ def conclude(figures: dict) -> str:
             f"itself by up to {noise:.1%}, and {best if gained > noise else 'no order'} gains more by the median.")
 
 
-STUDY = study.Study("orders", "Which order of the experts is fastest?", measure, table, lambda *_: {}, conclude)
+STUDY = study.Study("orders", "Which order of the experts is fastest?", measure, table, lambda *_: {}, conclude,
+                    folder="orders")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, save and print, or print what is recorded; returns the exit status: 2 where that is not possible."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=study.ROOT / "plots" / "orders", help="default: plots/orders")
-    parser.add_argument("--show", action="store_true", help="only print what is recorded there")
-    args = parser.parse_args(argv)
-    try:
-        if not args.show:
-            if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-                raise Unsupported("needs CUDA sm_90; what was measured: --show")
-            prepare_folder(args.out)
-            options = study.Options(torch.device("cuda"), True, study.Progress(STUDY.name), args)
-            stamp = environment(options.device)
-            paths = [study.save(study.make_record(STUDY, measure(options), stamp, True), STUDY, args.out)]
-        elif not (paths := sorted(args.out.glob("*.json"))):
-            raise ValueError(f"--out {args.out} holds no results")
-        records = [study.load(path, STUDY) for path in paths]
-    except (Unsupported, ValueError) as error:
-        return error_exit(error)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    for path, record in zip(paths, records, strict=True):
-        console.print(*table(record["figures"]), f"{study.shown(path)}: {study.caption(record['environment'])}",
-                      conclude(record["figures"]), sep="\n")
-    return 0
+    return study.main_on_hopper(STUDY, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +21,7 @@ from common.charts import STYLE, put_under
 from common.level import Unsupported  # first: it picks Triton's interpreter where there is no GPU
 from common.measure import Spread, WallClock, environment, interleave
 from common.results import gpu_slug, prepare_folder
-from common.show import shown
+from common.show import error_exit, shown
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -121,6 +121,34 @@ class Progress:
 
     def __call__(self, text: str) -> None:
         print(f"{self.name}: {text} ...", file=sys.stderr, flush=True)
+
+
+def main_on_hopper(study: Study, description: str, argv: Sequence[str] | None) -> int:
+    """main of a study without charts whose kernels are Hopper's, and which so runs at one size or not at all: measure,
+    save and print, or print what is recorded. Returns the exit status: 2 where that is not possible."""
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "plots" / study.folder,
+                        help=f"default: plots/{study.folder}")
+    parser.add_argument("--show", action="store_true", help="only print what is recorded there")
+    args = parser.parse_args(argv)
+    try:
+        if not args.show:
+            if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+                raise Unsupported("needs CUDA sm_90; what was measured: --show")
+            prepare_folder(args.out)
+            options = Options(torch.device("cuda"), True, Progress(study.name), args)
+            stamp = environment(options.device)
+            paths = [save(make_record(study, study.measure(options), stamp, True), study, args.out)]
+        elif not (paths := sorted(args.out.glob("*.json"))):
+            raise ValueError(f"--out {args.out} holds no results")
+        records = [load(path, study) for path in paths]
+    except (Unsupported, ValueError) as error:
+        return error_exit(error)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for path, record in zip(paths, records, strict=True):
+        console.print(*study.table(record["figures"]), f"{shown(path)}: {caption(record['environment'])}",
+                      study.conclude(record["figures"]), sep="\n")
+    return 0
 
 
 def parse_arguments(study: Study, argv: list[str] | None) -> argparse.Namespace:
