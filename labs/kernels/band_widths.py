@@ -157,7 +157,8 @@ def conclude(figures: dict) -> str:
         (most, name), noise = max(best), max(abs(gain(times, AGAIN)) for times in timed)
         case = figures["cases"][best.index((most, name))]
         said.append(f"on a {mode} chip the fastest other widths gain {min(best)[0]:+.1%} to {most:+.1%} on those "
-                    f"chosen ({name} on {case['preset']} at {case['T']} tokens), and those on themselves up to {noise:.1%}")
+                    f"chosen ({name} on {case['preset']} at {case['T']} tokens), and those on themselves up to "
+                    f"{noise:.1%}")
     return f"Over {len(figures['cases'])} layers, {'; '.join(said)}."
 
 
