@@ -95,6 +95,10 @@ def test_down_combine_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="hidden_RF"):
         down_combine.down_combine(hidden, down, plan, torch.zeros(3, 2).int(), torch.zeros(3, 2), given["rows"],
                                   given["rows"][:3], 1)
+    for edges in ((0, 1), (1, 2), (2, 1)):
+        with pytest.raises(ValueError, match=rf"edges=\({edges[0]}, {edges[1]}\): need two rising"):
+            down_combine.down_combine(hidden, down, plan, torch.zeros(64, 2).int(), torch.zeros(64, 2), given["rows"],
+                                      given["rows"][:64], 1, edges=edges)
     assert call(0, 2).shape == (0, 256)
 
 

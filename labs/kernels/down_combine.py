@@ -280,13 +280,15 @@ def down_combine(
     require("row_of_slot_TK", row_of_slot_TK, (T, K), torch.int32, device)
     require("scores_TK", scores_TK, (T, K), torch.float32, device)
     require("out_TD", out_TD, (T, D), torch.bfloat16, device)
+    edges = edges or edges_for(D, hidden_RF.shape[1], K, T * K / down_EDF.shape[0])
+    if not 0 < edges[0] <= edges[1] <= triton.cdiv(D, BLOCK_N):
+        raise ValueError(f"edges={edges}: need two rising column tiles of 1 to {triton.cdiv(D, BLOCK_N)}")
     if T == 0:
         return out_TD
     operands = down_operands(hidden_RF, down_EDF, plan, y_RD, 128)
     if early:
         plan.require_parts(programs)
     plan.count_once("down")
-    edges = edges or edges_for(D, hidden_RF.shape[1], K, T * K / down_EDF.shape[0])
     launch(down_combine_kernel, (programs,),
         plan.claimed_down, *operands, row_of_slot_TK, scores_TK, out_TD, plan.done_B, T, *edges, plan.done_up, TOP_K=K,
         CHOICES=triton.next_power_of_2(K), LATE=finishes_late(hidden_RF.shape[1], ROUNDED_PARTS),
