@@ -148,7 +148,6 @@ class Warp:
         else:
             do()
 
-
     def wrote(self, where: np.ndarray) -> None:
         """Bytes of shared memory were written by an instruction of this warp, cp.async's among them: not by TMA."""
         self.machine.written[where], self.machine.writer[where] = self.machine.clock, self.number
@@ -491,7 +490,7 @@ def load_matrices(warp: Warp, one: Instruction) -> None:
     rows, where = warp.machine.at(address(warp, one.operands[1], "u32"), 16, True)
     found = rows[where].view(np.uint32).reshape(4, LANES)
     for matrix, name in enumerate(members(one.operands[0])):
-        warp.registers[name] = found[matrix].copy()
+        write(warp, name, found[matrix].copy(), np.ones(LANES, np.bool_))
 
 
 def arrivals(warp: Warp, one: Instruction, parts: list[str], active: np.ndarray) -> None:

@@ -99,7 +99,7 @@ def test_bands_cover_every_output_tile_in_turn(row_tiles, D, F, mean_rows):
     (4096, 1024, 8, 512, [8, 5, 3]), (4096, 14336, 2, 2048, [12, 2, 2]), (7168, 2048, 8, 256, [21, 7]),
     (7168, 2048, 8, 512, [20, 6, 2]),
 ])
-def test_bands_are_as_wide_as_was_fastest(D, F, K, mean_rows, widths):
+def test_bands_are_as_wide_as_the_log_has_them(D, F, K, mean_rows, widths):
     edges = [0, *down_combine.edges_for(D, F, K, mean_rows), -(-D // 256)]
     assert [b - a for a, b in itertools.pairwise(edges) if b > a] == widths
     assert edges == sorted(edges)

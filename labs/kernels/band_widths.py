@@ -28,7 +28,8 @@ from torch import Tensor
 
 from common.config import MoEConfig, Workload, preset
 from common.model import Weights, make_inputs, make_weights
-from common.references import build_bmm
+from common.peers import Captured
+from common.references import BOUND, build_bmm
 from common.show import number
 from labs import level8_tma_overlap as level8
 from labs.kernels import ops
@@ -60,7 +61,7 @@ def candidates(cfg: MoEConfig, T: int) -> dict[str, tuple[int, int] | None]:
     chosen = edges_for(cfg.D, cfg.F, cfg.K, T * cfg.K / cfg.E)
     tried = {split(tiles, ratio, bands) for bands in (2, 3) for ratio in RATIOS} - {chosen}
     named = {", ".join(map(str, widths(edges, tiles))): edges for edges in sorted(tried, reverse=True)}
-    return {CHOSEN: chosen, AFTER: None, **named, AGAIN: chosen}
+    return {AFTER: None, CHOSEN: chosen, **named, AGAIN: chosen}
 
 
 def experts_combined(
@@ -79,16 +80,7 @@ def experts_combined(
                         early=choice.kernels == "gather", edges=edges)
 
 
-def captured(call: Callable[[], Tensor]) -> Callable[[], None]:
-    """A call as a CUDA graph's replay."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def loaded(call: Callable[[], object], seconds: float) -> None:
+def load(call: Callable[[], object], seconds: float) -> None:
     """Call, over and over, for so long, with nothing left to do on the GPU afterwards."""
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -96,30 +88,26 @@ def loaded(call: Callable[[], object], seconds: float) -> None:
         torch.cuda.synchronize()
 
 
-def measure_case(cfg: MoEConfig, T: int, weights: Weights, clock: study.GpuClock, capture: Callable = captured) -> dict:
+def measure_case(cfg: MoEConfig, T: int, weights: Weights, clock: study.GpuClock) -> dict:
     """One layer: all widths held to the sum after down, then their milliseconds on a hot and on a cool chip, beside the
     two bare bmm. Raises RuntimeError for answers that differ by more than a rounding."""
     workload = Workload(cfg, T, weights.dtype, "natural")
     x_TD, packed = make_inputs(workload, weights), level8.repack(cfg, weights)
     choice = Chooser(cfg.D, cfg.F, cfg.E, weights.dtype, x_TD.device, "off")(T * cfg.K)
     routed = level8.route(x_TD, weights.router_ED, new_arrivals(x_TD.device), cfg, choice)
-    bound = capture(partial(build_bmm(workload, weights), x_TD))
-    expected, calls = None, {}
-    for name, edges in sorted(candidates(cfg, T).items(), key=lambda named: named[1] is not None):
-        run = partial(experts_combined, x_TD, routed, packed, choice, edges)
-        found = run().float()
-        expected = found if expected is None else expected
-        error = ((found - expected).norm() / expected.norm()).item()
+    bound = partial(Captured(build_bmm(workload, weights)), x_TD)
+    expected = experts_combined(x_TD, routed, packed, choice, None).float()
+    calls, tried, ms = {BOUND: bound}, candidates(cfg, T), {}
+    for name, edges in tried.items():
+        run = Captured(partial(experts_combined, routed=routed, packed=packed, choice=choice, edges=edges))
+        error = ((run(x_TD).float() - expected).norm() / expected.norm()).item()
         if not error < MOST_ERROR:
             raise RuntimeError(f"{cfg.name}, T={T}: bands {name} differ from {AFTER} by {error:.1e}")
-        calls[name] = capture(run)
-    ms = {}
-    for mode, before in (("hot", partial(loaded, bound, LOAD_SECONDS)), ("cool", partial(time.sleep, REST_SECONDS))):
-        ms[mode] = study.time_together({"bmm": bound, **calls}, lambda call, before=before: (before(), clock(call))[1],
-                                       ROUNDS)
-    chosen = widths(candidates(cfg, T)[CHOSEN], -(-cfg.D // BLOCK_N))
-    return {"preset": cfg.name, "T": T, "mean_rows": T * cfg.K / cfg.E, "kernels": choice.kernels,
-            "chosen": ", ".join(map(str, chosen)), "ms": ms}
+        calls[name] = partial(run, x_TD)
+    for mode, before in (("hot", partial(load, bound, LOAD_SECONDS)), ("cool", partial(time.sleep, REST_SECONDS))):
+        ms[mode] = study.time_together(calls, lambda call, before=before: (before(), clock(call))[1], ROUNDS)
+    chosen = widths(tried[CHOSEN], -(-cfg.D // BLOCK_N))
+    return {"preset": cfg.name, "T": T, "chosen": ", ".join(map(str, chosen)), "ms": ms}
 
 
 def measure(options: study.Options) -> dict:
@@ -137,10 +125,10 @@ def gain(times: dict, name: str) -> float:
 
 
 def table(figures: dict) -> list[study.PlainTable | str]:
-    """A row a width of a case: milliseconds and what it gains on what is chosen, hot and cool."""
+    """A row a width of a case, and one of the bound: milliseconds and what it gains on what is chosen, hot and cool."""
     rows = []
     for case in figures["cases"]:
-        for name in (name for name in case["ms"]["hot"] if name != "bmm"):
+        for name in case["ms"]["hot"]:
             cells = [f"{number(times[name]['p50'])} {gain(times, name):+.1%}" for times in case["ms"].values()]
             said = case["chosen"] + ", chosen" + name.removeprefix(CHOSEN) if name.startswith(CHOSEN) else name
             rows.append([f"{case['preset']} {case['T']}", said, *cells])
@@ -153,7 +141,7 @@ def conclude(figures: dict) -> str:
     said = []
     for mode in ("hot", "cool"):
         timed = [case["ms"][mode] for case in figures["cases"]]
-        best = [max((gain(times, name), name) for name in times.keys() - {"bmm", CHOSEN, AGAIN}) for times in timed]
+        best = [max((gain(times, name), name) for name in times.keys() - {BOUND, CHOSEN, AGAIN}) for times in timed]
         (most, name), noise = max(best), max(abs(gain(times, AGAIN)) for times in timed)
         case = figures["cases"][best.index((most, name))]
         said.append(f"on a {mode} chip the fastest other widths gain {min(best)[0]:+.1%} to {most:+.1%} on those "
