@@ -6,6 +6,7 @@ N ?= 4
 ARGS ?=
 PEERS ?= mixtral-8x7b:1,8,32,64,256,8192 qwen3-30b-a3b:1,8,32,64,256,16384 olmoe-1b-7b:16384 sonic-30b:32768 \
 	deepseek-v3:4096,16384
+HOT ?= mixtral-8x7b:8192 qwen3-30b-a3b:16384 olmoe-1b-7b:16384 sonic-30b:32768 deepseek-v3:4096,16384
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
@@ -17,7 +18,7 @@ endif
 
 NEEDS_GPU = $(PY) -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "needs a CUDA GPU")'
 
-.PHONY: help run peers test test-gpu lint diff plots
+.PHONY: help run peers peers-hot test test-gpu lint diff plots
 
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -36,6 +37,11 @@ peers: $(READY)  ## level 8 beside other libraries, at the sizes of README's tab
 	for each in $(PEERS); do $(PY) level_runner.py --levels 8 --preset $${each%%:*} --tokens $${each#*:} \
 		--peers "triton_kernels,transformers grouped_mm,ScatterMoE,DeepGEMM" $(ARGS) || exit; done
 
+peers-hot: $(READY)  ## level 8 beside triton_kernels alone: no light layer leaves the chip cool (on a GPU; HOT="...")
+	@$(NEEDS_GPU)
+	for each in $(HOT); do $(PY) level_runner.py --levels 8 --preset $${each%%:*} --tokens $${each#*:} \
+		--peers triton_kernels --out plots/triton_kernels $(ARGS) || exit; done
+
 test: $(READY)   ## every test that this machine can run
 	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)
 
@@ -53,6 +59,6 @@ diff:            ## what level N adds to the level below: make diff N=4
 	@git --no-pager diff --no-index --stat --patch labs/level$$(($(N) - 1))_*.py labs/level$(N)_*.py || true
 
 plots: $(READY)  ## draw all charts and README tables again from the JSON in plots/
-	$(PY) level_runner.py --plot plots/*.json plots/peers/*.json
+	$(PY) level_runner.py --plot plots/*.json plots/peers/*.json plots/triton_kernels/*.json
 	$(PY) -m labs.studies.redraw
 	$(PY) level_runner.py --readme

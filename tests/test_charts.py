@@ -22,7 +22,8 @@ from common.show import LOG_WIDTH, RunTable, status_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "plots").glob("*.json"))
-BESIDE_PEERS = sorted((ROOT / "plots" / "peers").glob("*.json"))
+BESIDE_PEERS = [path for folder in ("peers", "triton_kernels")
+                for path in sorted((ROOT / "plots" / folder).glob("*.json"))]
 ENVIRONMENT = {"gpu": "NVIDIA Test", "sm": "sm_90", "torch": "2", "triton": "3", "cuda": "13", "driver": "1",
                "python": "3", "commit": "abc", "dirty": False, "date": "2026-01-01"}
 
