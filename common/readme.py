@@ -81,6 +81,16 @@ def ahead(ours: Spread | None, other: Spread | None) -> str:
     return f"{other.p50 / ours.p50 - 1:.1%}" + ("" if apart else ", within the spread")
 
 
+def median(spread: Spread | None) -> str:
+    """`2.01`; `-` if it was not measured."""
+    return number(spread.p50 if spread else None)
+
+
+def share(ours: Spread | None, bound: Spread | None) -> str:
+    """The bound's median over ours, `97%`; `-` if one was not measured."""
+    return percent(bound.p50 / ours.p50 if ours and bound else None)
+
+
 def leads_markdown(runs: list[Run]) -> str:
     """A row a run: our highest level with exact top-k beside the other library that was fastest in rounds. Its share of
     the bound and its lead there, by wall and by GPU-busy time, and the same with each under its own load alone. Where
@@ -88,27 +98,27 @@ def leads_markdown(runs: list[Run]) -> str:
     the measured rates."""
     lines = [
         "| layer | tokens | level | in rounds: wall ms (p20 to p80) | of bmm | TB/s while busy (of a copy, of a read) "
-        "| fastest other | its wall ms | ahead by | GPU-busy: ahead by | sustained: ms | of bmm | other's ms "
-        "| ahead by | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| fastest other | its wall ms | ahead by | GPU-busy: of bmm | ahead by | sustained: ms | of bmm | other's ms "
+        "| ahead by | rounds | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         ours = max((row for row in run.levels if row.timed and row.variant == "exact"), key=lambda row: row.number)
         other = min((row for row in run.rows if row.kind != "level" and row.timed and row.name != BOUND),
                     key=lambda row: row.wall_ms.p50)
-        rows = (ours, other, run.row(BOUND))
+        bound = run.row(BOUND)
         spread = [f"{number(row.wall_ms.p50)} ({number(row.wall_ms.p20)} to {number(row.wall_ms.p80)})"
-                  for row in rows[:2]]
-        alone = [row.sustained_ms.p50 if row and row.sustained_ms else None for row in rows]
+                  for row in (ours, other)]
         cells = [run.preset, f"{run.shape['T']:,}", f"{ours.number} {ours.name}", spread[0], percent(ours.bound_share),
                  bandwidth(run, ours), other.name, spread[1], ahead(ours.wall_ms, other.wall_ms),
-                 ahead(ours.gpu_ms, other.gpu_ms), number(alone[0]),
-                 percent(alone[2] / alone[0] if alone[0] and alone[2] else None), number(alone[1]),
-                 ahead(ours.sustained_ms, other.sustained_ms), run.environment["commit"][:7]]
-        lines.append("| " + " | ".join(cells) + " |")
+                 share(ours.gpu_ms, bound and bound.gpu_ms), ahead(ours.gpu_ms, other.gpu_ms),
+                 median(ours.sustained_ms), share(ours.sustained_ms, bound and bound.sustained_ms),
+                 median(other.sustained_ms), ahead(ours.sustained_ms, other.sustained_ms),
+                 run.rounds, run.environment["commit"][:7]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     stamps = {f"{run.environment['gpu']}, driver {run.environment['driver']}, torch {run.environment['torch']}, Triton "
-              f"{run.environment['triton']}, {run.dtype}, {run.routing} routing, {run.rounds} rounds, commit "
-              f"{run.environment['commit']}, {run.environment['date']}." for run in runs}
+              f"{run.environment['triton']}, {run.dtype}, {run.routing} routing, commit {run.environment['commit']}, "
+              f"{run.environment['date']}." for run in runs}
     versions = {f"{row.name} {row.version}" for run in runs for row in run.rows if row.timed and row.version}
     beside = [f"Beside {', '.join(sorted(versions))}."] if versions else []
     return "\n".join([*lines, "", *sorted(stamps), *beside])
