@@ -38,9 +38,7 @@ peers: $(READY)  ## level 8 beside other libraries, at the sizes of README's tab
 		--peers "triton_kernels,transformers grouped_mm,ScatterMoE,DeepGEMM" $(ARGS) || exit; done
 
 peers-hot: $(READY)  ## level 8 beside triton_kernels alone: no light layer leaves the chip cool (on a GPU; HOT="...")
-	@$(NEEDS_GPU)
-	for each in $(HOT); do $(PY) level_runner.py --levels 8 --preset $${each%%:*} --tokens $${each#*:} \
-		--peers triton_kernels --out plots/triton_kernels $(ARGS) || exit; done
+	@$(MAKE) peers PEERS="$(HOT)" ARGS='--peers triton_kernels --out plots/triton_kernels $(ARGS)'
 
 test: $(READY)   ## every test that this machine can run
 	$(PY) -m pytest -n auto -m "not gpu" $(ARGS)
